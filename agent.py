@@ -1,0 +1,252 @@
+"""The agent: all levels with their replays, as one pytree and two jitted calls.
+
+    act_and_store   the whole tower takes one agent step and remembers it
+    update          one level samples, learns, imagines and writes its carries back
+
+Keys are derived, not stored: acting folds the number of the call into the run's key,
+an update the number of the update, so a resumed run continues the same streams.
+
+Differs from the official code in: Δ4 everything follows from one seed.
+"""
+
+from dataclasses import asdict
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from config import Config, ModelConfig
+from etbs import Replay, load_carry, store_carry
+from hieros import EnvStep, TowerState, act, init_state, remember
+from nets import (
+    BINS,
+    MLP,
+    FlatDecoder,
+    FlatEncoder,
+    ImageDecoder,
+    ImageEncoder,
+    Window,
+    WindowDecoder,
+    WindowEncoder,
+)
+from rssm import RSSM
+from s5wm import S5WM, Heads, Transition
+from subactor import Autoencoder, Learner, Subactor, Trainer
+
+
+class Agent(eqx.Module):
+    """Everything of a run that lives on the device; levels lowest first."""
+
+    learners: tuple[Learner, ...]
+    replays: tuple[Replay, ...]
+    tower: TowerState
+    calls: Int[Array, ""]
+    key: PRNGKeyArray
+
+    @property
+    def subactors(self) -> tuple[Subactor, ...]:
+        return tuple(learner.subactor for learner in self.learners)
+
+
+def make_coders(
+    model: ModelConfig, level: int, period: int, obs_shape: tuple, keys
+) -> tuple[eqx.Module, int, eqx.Module]:
+    """Encoder, size of its output and decoder of a level's observations."""
+    feat = model.z_categoricals * model.z_classes + model.features
+    width = model.vector_width
+    if level > 0:
+        z_shape = (period, model.z_categoricals, model.z_classes)
+        inputs = period * feat
+        return (
+            WindowEncoder(MLP(inputs, width, 2, None, key=keys[0]), model.z_classes),
+            width,
+            WindowDecoder(
+                MLP(feat, width, 2, inputs, key=keys[1]),
+                z_shape,
+                (period, model.features),
+            ),
+        )
+    if not model.channels:
+        pixels = obs_shape[0] * obs_shape[1] * obs_shape[2]
+        return (
+            FlatEncoder(MLP(pixels, width, 2, None, key=keys[0])),
+            width,
+            FlatDecoder(MLP(feat, width, 2, pixels, key=keys[1]), obs_shape),
+        )
+    image = (obs_shape, model.channels, model.strides, model.overlap)
+    encoder = ImageEncoder(*image, key=keys[0])
+    return encoder, encoder.outputs, ImageDecoder(feat, *image, key=keys[1])
+
+
+def make_subactor(
+    config: Config, level: int, obs_shape: tuple, actions: int, key: PRNGKeyArray
+) -> Subactor:
+    """One level of the tower that `config` describes."""
+    model = config.model
+    keys = jax.random.split(key, 7)
+    code_shape = (model.code_categoricals, model.code_classes)
+    action_shape = (1, actions) if level == 0 else code_shape
+    goal_shape = None if level == config.levels - 1 else code_shape
+    z_shape = (model.z_categoricals, model.z_classes)
+    feat = z_shape[0] * z_shape[1] + model.features
+    encoder, embed, decoder = make_coders(
+        model, level, config.period, obs_shape, keys[:2]
+    )
+    layers, width = model.head_layers, model.width
+    heads = Heads(
+        decoder,
+        reward=MLP(feat, width, layers, BINS, zero_init=True, key=keys[2]),
+        cont=MLP(feat, width, layers, 1, key=keys[3]),
+    )
+    sizes = {
+        "z_shape": z_shape,
+        "features": model.features,
+        "width": width,
+        "key": keys[4],
+    }
+    if config.world_model == "rssm":
+        world_model = RSSM(encoder, embed, heads, action_shape, **sizes)
+    else:
+        world_model = S5WM(
+            encoder,
+            embed,
+            heads,
+            action_shape,
+            layers=model.layers,
+            states=model.states,
+            blocks=model.blocks,
+            scaled=model.scaled,
+            h_source=model.h_source,
+            **sizes,
+        )
+    rewards = ["extrinsic"]
+    if goal_shape is not None:
+        rewards.append("subgoal")
+    if level > 0:
+        rewards.append("novelty")
+    autoencoder = None
+    if rewards != ["extrinsic"]:
+        autoencoder = Autoencoder(
+            model.features,
+            code_shape,
+            encoder_width=model.code_encoder_width,
+            decoder_width=model.code_decoder_width,
+            layers=3,
+            key=keys[5],
+        )
+    return Subactor(
+        world_model,
+        autoencoder,
+        action_shape,
+        goal_shape,
+        tuple(rewards),
+        features=feat,
+        width=width,
+        layers=layers,
+        key=keys[6],
+    )
+
+
+def make_trainer(config: Config) -> Trainer:
+    return Trainer(**asdict(config.trainer))
+
+
+def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
+    """The agent before its first step. Replays are allocated here, once and for all.
+
+    A level's replay holds every step of the run, unless `capacity` is smaller.
+    """
+    key = jax.random.key(config.seed)
+    model_key, run_key = jax.random.split(key)
+    keys = jax.random.split(model_key, config.levels)
+    subactors = tuple(
+        make_subactor(config, i, obs_shape, actions, k) for i, k in enumerate(keys)
+    )
+    trainer = make_trainer(config)
+    learners = tuple(trainer.init(s, config.model.features) for s in subactors)
+    tower = init_state(subactors, config.period)
+
+    def replay(level):
+        state, subactor = tower.levels[level], subactors[level]
+        obs = state.window if level > 0 else jnp.zeros(obs_shape, jnp.uint8)
+        goal = None
+        if subactor.goal_shape is not None:
+            goal = jnp.zeros(subactor.goal_shape[0], jnp.uint8)
+        false = jnp.array(False)
+        step = Transition(obs, state.action, jnp.array(0.0), false, false, goal)
+        # An episode of n steps leaves n + 1 entries, so a run may need a few more.
+        entries = config.steps // config.period**level * 5 // 4 + config.length
+        return Replay(min(config.capacity, entries), step, state.carry)
+
+    replays = tuple(replay(level) for level in range(config.levels))
+    agent = Agent(learners, replays, tower, jnp.array(0, jnp.int32), run_key)
+    # Donation wants every leaf in a buffer of its own.
+    return jax.tree.map(lambda x: x + 0 if is_number(x) else x, agent)
+
+
+def is_number(x: Array) -> bool:
+    """False for typed keys and flags, which know no addition."""
+    return jnp.issubdtype(x.dtype, jnp.number)
+
+
+@partial(jax.jit, static_argnames="period", donate_argnames=("tower", "replays"))
+def act_and_store(
+    subactors: tuple[Subactor, ...],
+    tower: TowerState,
+    replays: tuple[Replay, ...],
+    step: EnvStep,
+    key: PRNGKeyArray,
+    calls: Int[Array, ""],
+    *,
+    period: int,
+) -> tuple[UInt8[Array, ""], TowerState, tuple[Replay, ...], Int[Array, ""]]:
+    """The action, and what has changed: tower, replays, number of calls."""
+    key = jax.random.fold_in(jax.random.fold_in(key, 0), calls)
+    tower, action, acted = act(subactors, tower, step, period=period, key=key)
+    return action, tower, remember(replays, acted), calls + 1
+
+
+@partial(jax.jit, static_argnames="period")
+def act_only(
+    subactors: tuple[Subactor, ...],
+    tower: TowerState,
+    step: EnvStep,
+    key: PRNGKeyArray,
+    *,
+    period: int,
+) -> tuple[UInt8[Array, ""], TowerState]:
+    """The action without remembering it: evaluation, with a tower of its own."""
+    tower, action, _ = act(subactors, tower, step, period=period, key=key)
+    return action, tower
+
+
+@partial(
+    jax.jit,
+    static_argnames=("trainer", "level", "batch", "length", "sampler", "tau", "carry"),
+    donate_argnames=("learner", "replay"),
+)
+def update(
+    learner: Learner,
+    replay: Replay,
+    key: PRNGKeyArray,
+    *,
+    trainer: Trainer,
+    level: int,
+    batch: int,
+    length: int,
+    sampler: str,
+    tau: float,
+    carry: str,
+) -> tuple[Learner, Replay, dict[str, Float[Array, ""]]]:
+    """One update of one level, replay to replay. (spec of the parts: subactor.py)"""
+    key = jax.random.fold_in(jax.random.fold_in(key, 1 + level), learner.updates)
+    sample_key, learn_key = jax.random.split(key)
+    replay, rows = replay.sample(batch, length, sampler, tau, key=sample_key)
+    steps, before = replay.windows(rows, carry)
+    classes = learner.subactor.world_model.z_shape[1]
+    learner, carries, metrics = trainer.update(
+        learner, steps, load_carry(before, classes), key=learn_key
+    )
+    return learner, replay.refresh(rows, store_carry(carries)), metrics

@@ -1,0 +1,268 @@
+"""Every setting of a run, with its symbol and its key in the official code.
+
+Frozen dataclasses that `train.py` turns into a command line; presets by name. What
+the paper compares is one flag each: levels, world model, sampler, carry.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """What the agent sees."""
+
+    size: int = 64
+    """Height and width of a frame in pixels (official: size)."""
+    gray: bool = False
+    """One luminance channel instead of RGB (official: grayscale)."""
+    noops: int = 30
+    """Upper bound, exclusive, of random no-op frames at reset (official: noops)."""
+    delay: int = 10
+    """D, blank steps between cue and choice; only for --game recall."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of every level's networks."""
+
+    z_categoricals: int = 32
+    """S, categoricals of the latent z (official: dyn_stoch)."""
+    z_classes: int = 32
+    """K, classes of each categorical (official: dyn_discrete)."""
+    features: int = 256
+    """H, width of the S5 stack, of m and of h (official: dyn_deter, dyn_hidden)."""
+    layers: int = 8
+    """N, S5 layers; the official 4 double blocks (official: s5.n_layers)."""
+    states: int = 64
+    """P, complex states per layer, one of each conjugate pair (official: s5.ssm_size
+    = 2P)."""
+    blocks: int = 4
+    """HiPPO blocks that share out the states (official: s5.n_blocks)."""
+    h_source: Literal["both", "states", "output"] = "both"
+    """What h is read from: S5 states, the stack's output or both (Δ10)."""
+    scaled: bool = True
+    """Scale S5 states by Δ^(-1/2), so that slow modes are heard (Δ22)."""
+    width: int = 256
+    """Hidden width of latent heads, actor and critics (official: units)."""
+    head_layers: int = 2
+    """Hidden layers of reward, continue, actor and critics (official: *_layers)."""
+    channels: tuple[int, ...] = (24, 48, 96, 192)
+    """Channels of the image encoder, mirrored by the decoder (official: cnn_depth).
+    Empty: the picture goes through an MLP, for worlds of a few pixels."""
+    strides: tuple[int, ...] = (2, 2, 2, 2)
+    """Stride of each image layer."""
+    overlap: bool = True
+    """Kernels of twice the stride (official); otherwise patches side by side."""
+    vector_width: int = 512
+    """Width of the 2-layer coders of windows and of small pictures (official:
+    mlp_units)."""
+    code_categoricals: int = 8
+    """Sg, categoricals of a subgoal code (official: subgoal.shape)."""
+    code_classes: int = 8
+    """Kg, classes of each (official: subgoal.shape)."""
+    code_encoder_width: int = 64
+    """Hidden width of the subgoal encoder (official: subgoal.encoder.units)."""
+    code_decoder_width: int = 256
+    """Hidden width of the subgoal decoder (official: subgoal.decoder.units)."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How every level learns."""
+
+    horizon: int = 16
+    """H_imag, imagined states, start included (official: imag_horizon)."""
+    imagination_starts: int = 1024
+    """M, start states per update, at most B·T (official: all)."""
+    discount: float = 0.997
+    """γ (official: discount)."""
+    lambda_: float = 0.95
+    """λ of the returns (official: discount_lambda)."""
+    entropy_scale: float = 3e-4
+    """η, weight of the actor's entropy (official: actor_entropy)."""
+    slow_rate: float = 0.02
+    """Rate at which the slow critics follow (official: slow_target_fraction)."""
+    running_decay: float = 0.99
+    """Decay of return scales and of the standardisation of h."""
+    normalise_returns: bool = True
+    """Divide advantages by the 5-95 % range of returns (Δ15)."""
+    reward_weights: tuple[float, float, float] = (1.0, 0.3, 0.1)
+    """w of extrinsic, subgoal and novelty reward (official: *_reward_weight). Novelty
+    has weight 0 at level 0, where it is only logged."""
+    free_nats: float = 1.0
+    """Floor of both KL terms, in nats (official: kl_free)."""
+    code_kl_scale: float = 0.5
+    """Weight of KL[code ‖ uniform] (official: subgoal.kl_scale)."""
+    standardise: bool = True
+    """Goals live in standardised symlog(h); plain symlog(h) kills the code (Δ23)."""
+    world_model_lr: float = 1e-4
+    """Adam rate of the world model (official: model_lr)."""
+    world_model_warmup: int = 1000
+    """Updates over which that rate rises from 0 (official: warmup)."""
+    actor_critic_lr: float = 3e-5
+    """Adam rate of actor and critics (official: actor.lr, critic.lr)."""
+    autoencoder_lr: float = 1e-4
+    """Adam rate of the subgoal autoencoder (official: subgoal.lr)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """HIEROS on one game, to the end of its preset."""
+
+    game: str = "Pong"
+    """One of the 26 Atari100k games, a probe (catch, recall, pinpad, echo), or
+    minatar/NAME."""
+    preset: Literal["atari100k", "cpu", "minatar", "probe", "tiny"] = "atari100k"
+    """Named settings; other flags change them. Default: atari100k where JAX finds an
+    accelerator, otherwise cpu."""
+    seed: int = 0
+    """Seeds environment, networks, replay and policy (official: none has an effect,
+    Δ4)."""
+    steps: int = 100_000
+    """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
+    eval_episodes: int = 100
+    """Episodes after training, policy sampled (official: eval_eps)."""
+    levels: int = 3
+    """Levels of the tower; 1 is the flat agent (official: max_hierarchy)."""
+    world_model: Literal["s5", "rssm"] = "s5"
+    """Sequence model: S5, or a GRU as in DreamerV3 (official: dynamics_model)."""
+    sampler: Literal["etbs", "uniform", "balanced"] = "etbs"
+    """Which replay windows are trained on (official: replay.sampler)."""
+    carry: Literal["stored", "zero"] = "stored"
+    """State a window starts from: that of the step before, or none (Δ21)."""
+    run_dir: str | None = None
+    """Folder of the run. Default: runs/GAME-PRESET-SEED."""
+    resume: str | None = None
+    """Run folder to continue; its settings are used."""
+    period: int = 4
+    """k, steps a goal is held (official: subactor_update_every)."""
+    tau: float = 0.3
+    """τ, how far ETBS moves from uniform, in [0, 1] (official: temperature)."""
+    batch: int = 16
+    """B, windows per update (official: batch_size)."""
+    length: int = 64
+    """T, steps per window (official: batch_length)."""
+    updates_per_step: float = 1.0
+    """Updates of a level per step of its own (official: train_ratio / (B T))."""
+    capacity: int = 1_000_000
+    """Entries a level's replay keeps, at most (official: replay_size)."""
+    log_every: int = 500
+    """Agent steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 10_000
+    """Agent steps between checkpoints."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+ATARI100K = Config()
+
+CPU = replace(
+    ATARI100K,
+    preset="cpu",
+    steps=10_000,
+    eval_episodes=5,
+    batch=8,
+    length=32,
+    updates_per_step=0.25,
+    log_every=250,
+    checkpoint_every=2_500,
+    env=EnvConfig(size=32, gray=True),
+    model=ModelConfig(
+        z_categoricals=16,
+        z_classes=16,
+        features=128,
+        layers=4,
+        states=32,
+        blocks=2,
+        width=128,
+        channels=(32, 64, 64),
+        strides=(4, 2, 2),
+        overlap=False,
+        vector_width=256,
+        code_decoder_width=128,
+    ),
+    trainer=TrainerConfig(
+        horizon=12,
+        imagination_starts=64,
+        entropy_scale=1e-3,
+        world_model_lr=1e-3,
+        world_model_warmup=100,
+        actor_critic_lr=3e-4,
+        autoencoder_lr=1e-3,
+    ),
+)
+
+MINATAR = replace(
+    CPU,
+    preset="minatar",
+    steps=100_000,
+    eval_episodes=100,
+    updates_per_step=0.5,
+    log_every=1_000,
+    checkpoint_every=25_000,
+    model=ModelConfig(
+        z_categoricals=8,
+        z_classes=8,
+        features=64,
+        layers=4,
+        states=16,
+        blocks=1,
+        width=64,
+        channels=(),
+        strides=(),
+        vector_width=64,
+        code_encoder_width=64,
+        code_decoder_width=64,
+    ),
+    trainer=replace(
+        CPU.trainer,
+        discount=0.99,
+        entropy_scale=3e-3,
+        free_nats=0.3,
+        world_model_lr=3e-3,
+        actor_critic_lr=1e-3,
+    ),
+)
+
+PROBE = replace(
+    MINATAR,
+    preset="probe",
+    steps=10_000,
+    eval_episodes=100,
+    log_every=250,
+    trainer=replace(MINATAR.trainer, horizon=10, free_nats=0.1),
+)
+
+TINY = replace(
+    CPU,
+    preset="tiny",
+    steps=96,
+    eval_episodes=1,
+    batch=2,
+    length=4,
+    log_every=16,
+    checkpoint_every=48,
+    env=EnvConfig(size=16, gray=True),
+    model=ModelConfig(
+        z_categoricals=4,
+        z_classes=4,
+        features=16,
+        layers=2,
+        states=8,
+        blocks=1,
+        width=16,
+        channels=(8, 8),
+        strides=(4, 2),
+        overlap=False,
+        vector_width=16,
+        code_categoricals=3,
+        code_classes=4,
+        code_encoder_width=8,
+        code_decoder_width=8,
+    ),
+    trainer=replace(CPU.trainer, horizon=4, imagination_starts=8),
+)
+
+PRESETS = {p.preset: p for p in (ATARI100K, CPU, MINATAR, PROBE, TINY)}

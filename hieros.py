@@ -1,0 +1,211 @@
+"""The tower: which level acts when, what flows up, what flows down.
+
+    level i acts  iff  c mod K_i = 0 or the episode ends,  K_i = k^i   (TOW 1)
+    window_{i+1} ← (z, symlog h) of level i whenever level i acts   (TOW 2)
+    reward_i = Σ r_t / K_i since level i last acted                 (TOW 3)
+    goal_i = action_{i+1}, held until level i+1 acts again          (TOW 4)
+
+c counts agent steps since the episode's start. At an episode's start every level
+forgets and acts; at its end every level acts once more, to record the ending.
+
+      goal ↓   level 2, every 16 steps   ↑ window of 4 latents
+      goal ↓   level 1, every 4 steps    ↑ window of 4 latents
+    action ↓   level 0, every step       ↑ observation
+               the game
+
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3. Official: hieros.py.
+Differs from the official code in: Δ17 clock per episode, Δ18 no lag, Δ19 one-hot goals.
+
+Axes: S categoricals of z, H features of h, G groups of an action, Sg of a goal.
+k is the period, K_i a level's stride, K (nets.py) a number of classes.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from etbs import Replay, StoredCarry, load_carry, store_carry
+from nets import Window, symlog
+from s5wm import Latent, Transition
+from subactor import Subactor
+
+
+class LevelState(eqx.Module):
+    """What one level remembers while acting.
+
+    `action` is its own last one, for an upper level the goal in force below;
+    `window` is None at level 0; `reward` is what has accumulated.
+    """
+
+    carry: StoredCarry
+    action: UInt8[Array, " G"]
+    window: Window | None
+    reward: Float[Array, ""]
+
+
+class TowerState(eqx.Module):
+    """The clock c and the states of all levels, lowest first."""
+
+    clock: Int[Array, ""]
+    levels: tuple[LevelState, ...]
+
+
+class EnvStep(eqx.Module):
+    """What the game shows after an action; `is_last` is an ending of either kind."""
+
+    obs: UInt8[Array, "h w c"]
+    reward: Float[Array, ""]
+    is_first: Bool[Array, ""]
+    is_last: Bool[Array, ""]
+    is_terminal: Bool[Array, ""]
+
+
+class Acted(eqx.Module):
+    """What a level did in one agent step; the rest only counts where `acts`."""
+
+    acts: Bool[Array, ""]
+    step: Transition
+    latent: Latent
+
+
+def init_state(subactors: tuple[Subactor, ...], period: int) -> TowerState:
+    """The tower before its first episode."""
+
+    def level(i, subactor):
+        carry = store_carry(subactor.world_model.init_carry())
+        window = None
+        if i > 0:
+            below = subactors[i - 1].world_model
+            z = jnp.zeros((period, below.z_shape[0]), jnp.uint8)
+            h = jnp.zeros((period, below.features), jnp.float16)
+            window = Window(z, h)
+        return LevelState(
+            carry=jax.tree.map(jnp.zeros_like, carry),
+            action=jnp.zeros(subactor.action_shape[0], jnp.uint8),
+            window=window,
+            reward=jnp.array(0.0),
+        )
+
+    levels = tuple(level(i, s) for i, s in enumerate(subactors))
+    return TowerState(jnp.array(0, jnp.int32), levels)
+
+
+def push(window: Window, is_first: Bool[Array, ""], latent: Latent) -> Window:
+    """The window after one more latent; an episode's first fills it whole. (TOW 2)"""
+    z = jnp.argmax(latent.z, -1).astype(jnp.uint8)
+    h = symlog(latent.h).astype(jnp.float16)
+
+    def shift(rows, new):
+        shifted = jnp.concatenate([rows[1:], new[None]])
+        return jnp.where(is_first, jnp.broadcast_to(new, rows.shape), shifted)
+
+    return Window(shift(window.z, z), shift(window.h, h))
+
+
+def infer(
+    subactor: Subactor,
+    state: LevelState,
+    obs: UInt8[Array, "h w c"] | Window,
+    is_first: Bool[Array, ""],
+    *,
+    key: PRNGKeyArray,
+) -> Latent:
+    """A level's latent after its observation."""
+    model = subactor.world_model
+    carry = load_carry(state.carry, model.z_shape[1])
+    return model.step(carry, state.action, is_first, obs, key=key)
+
+
+def act(
+    subactors: tuple[Subactor, ...],
+    tower: TowerState,
+    step: EnvStep,
+    *,
+    period: int,
+    key: PRNGKeyArray,
+) -> tuple[TowerState, UInt8[Array, ""], tuple[Acted, ...]]:
+    """One agent step of the whole tower: latents up, goals down, an action out.
+
+    The action is meaningless where `step.is_last`.
+    """
+    clock = jnp.where(step.is_first, 0, tower.clock)
+    keys = jax.random.split(key, (len(subactors), 2))
+    acts, latents, states, observations = [], [], [], []
+
+    for i, (subactor, state) in enumerate(zip(subactors, tower.levels, strict=True)):
+        due = (clock % period**i == 0) | step.is_last  # (TOW 1)
+        window = state.window
+        if i > 0:
+            pushed = push(window, step.is_first, latents[-1])  # (TOW 2)
+            window = where(acts[-1], pushed, window)
+        obs = step.obs if i == 0 else window
+        reward = state.reward + step.reward / period**i  # (TOW 3)
+        state = LevelState(
+            carry=state.carry,
+            action=jnp.where(step.is_first, 0, state.action),
+            window=window,
+            reward=jnp.where(step.is_first, 0.0, reward),
+        )
+        latent = if_acting(
+            due,
+            lambda s=subactor, x=state, o=obs, k=keys[i, 0]: infer(
+                s, x, o, step.is_first, key=k
+            ),
+        )
+        acts.append(due)
+        latents.append(latent)
+        states.append(state)
+        observations.append(obs)
+
+    goal, acted = None, [None] * len(subactors)
+    for i in reversed(range(len(subactors))):
+        subactor, state, latent, due = subactors[i], states[i], latents[i], acts[i]
+        action = if_acting(
+            due,
+            lambda s=subactor, x=latent, g=goal, k=keys[i, 1]: s.act(x, g, key=k),
+        )
+        action = jnp.where(due, action, state.action)
+        acted[i] = Acted(
+            acts=due,
+            step=Transition(
+                obs=observations[i],
+                action=state.action,
+                reward=state.reward,
+                is_first=step.is_first,
+                is_terminal=step.is_terminal,
+                goal=goal,
+            ),
+            latent=latent,
+        )
+        states[i] = LevelState(
+            carry=where(due, store_carry(latent.carry), state.carry),
+            action=action,
+            window=state.window,
+            reward=jnp.where(due, 0.0, state.reward),
+        )
+        goal = action  # (TOW 4)
+    return TowerState(clock + 1, tuple(states)), action[0], tuple(acted)
+
+
+def where(condition: Bool[Array, ""], yes, no):
+    """Pytree version of jnp.where."""
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+
+
+def if_acting(condition: Bool[Array, ""], compute):
+    """`compute()` where the level acts, else zeros of its shape, at no cost."""
+    zeros = lambda: jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute)
+    )
+    return jax.lax.cond(condition, compute, zeros)
+
+
+def remember(
+    replays: tuple[Replay, ...], acted: tuple[Acted, ...]
+) -> tuple[Replay, ...]:
+    """Every level that acted writes one entry to its own replay."""
+    return tuple(
+        replay.add(level.step, store_carry(level.latent.carry), level.acts)
+        for replay, level in zip(replays, acted, strict=True)
+    )

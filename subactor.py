@@ -1,0 +1,590 @@
+"""One level of the hierarchy: actor-critic in imagination and subgoal autoencoder.
+
+    S_t = (symlog(h_t) - mean) / std,  running over imagined states  (SUB 1)
+    g = code ~ AE.encode(S),  Ŝ = AE.decode(code)                   (SUB 2)
+    L_AE = mean (S - Ŝ)² + 0.5 mean_rows KL[code ‖ uniform]         (SUB 3)
+    r_g = max(0, ⟨G, S⟩ / max(‖G‖, ‖S‖)²),  G = AE.decode(goal)     (SUB 4)
+    r_nov = mean (S - Ŝ)²                                           (SUB 5)
+    a_τ ~ π(a | feat_τ, symlog(r̂_τ, ĉ_τ, H[p_τ]), goal)             (SUB 6)
+    R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ ĉ_τ       (SUB 7)
+    A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s)                 (SUB 8)
+    L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ_j (SUB 9)
+    L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 10)
+
+The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
+critic, λ-return and scale. Nothing is differentiated through the world model.
+
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2. Official: subactor.py,
+behavior.py. Differs from the official code in: Δ12-Δ16, Δ23.
+
+Axes: R rewards, τ imagined time, M start states, G × A action code, Sg × Kg goal
+code, H features of h. The imagined horizon is `horizon` states, start included.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from nets import (
+    BINS,
+    MLP,
+    entropy,
+    log_prob,
+    mode_onehot,
+    sample_onehot,
+    symlog,
+    twohot_log_prob,
+    twohot_mean,
+    unimix_probs,
+)
+from s5wm import Carry, Latent, Transition, WorldModel, world_model_loss
+
+REWARDS = ("extrinsic", "subgoal", "novelty")
+sg = jax.lax.stop_gradient
+
+
+def lambda_return(
+    reward: Float[Array, " tau"],
+    value: Float[Array, " tau"],
+    discount: Float[Array, " tau"],
+    lambda_: float,
+) -> Float[Array, " tau-1"]:
+    """λ-returns of one trajectory, bootstrapped from its last value. (SUB 7)"""
+
+    def back(R_next, inputs):
+        r, gamma, v_next = inputs
+        R = r + gamma * ((1 - lambda_) * v_next + lambda_ * R_next)  # (SUB 7)
+        return R, R
+
+    inputs = (reward[:-1], discount[:-1], value[1:])
+    return jax.lax.scan(back, value[-1], inputs, reverse=True)[1]
+
+
+def subgoal_reward(
+    goal: Float[Array, " H"], state: Float[Array, " H"]
+) -> Float[Array, ""]:
+    """Agreement of direction and length, in [0, 1]; 1 iff goal = state. (SUB 4)"""
+    longest = jnp.maximum(goal @ goal, state @ state)
+    return jnp.maximum(0, goal @ state / jnp.maximum(longest, 1e-8))  # (SUB 4)
+
+
+class Standardiser(eqx.Module):
+    """Running mean and spread per dimension, the first batch's to begin with."""
+
+    mean: Float[Array, " H"]
+    var: Float[Array, " H"]
+    started: Bool[Array, ""]
+    enabled: bool = eqx.field(static=True)
+
+    def __init__(self, features: int, enabled: bool = True):
+        self.mean, self.var = jnp.zeros(features), jnp.ones(features)
+        self.started = jnp.array(False)
+        self.enabled = enabled
+
+    def __call__(self, h: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        """S of raw h; plain symlog(h) if not `enabled`. (SUB 1)"""
+        if not self.enabled:
+            return symlog(h)
+        return (symlog(h) - self.mean) / jnp.sqrt(self.var + 1e-6)  # (SUB 1)
+
+    def inverse(self, S: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        """symlog(h) of a standardised S."""
+        return S * jnp.sqrt(self.var + 1e-6) + self.mean if self.enabled else S
+
+    def update(self, h: Float[Array, "M H"], decay: float) -> "Standardiser":
+        """The same after another batch of h."""
+        decay = jnp.where(self.started, decay, 0.0)
+        mean = decay * self.mean + (1 - decay) * symlog(h).mean(0)
+        var = decay * self.var + (1 - decay) * symlog(h).var(0)
+        new = (mean, var, jnp.array(True))
+        return eqx.tree_at(lambda s: (s.mean, s.var, s.started), self, new)
+
+
+class Autoencoder(eqx.Module):
+    """Standardised features ↔ a code of Sg categoricals of Kg classes. (SUB 2)"""
+
+    encoder: MLP
+    decoder: MLP
+    code_shape: tuple[int, int] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        features: int,
+        code_shape: tuple[int, int],
+        *,
+        encoder_width: int,
+        decoder_width: int,
+        layers: int,
+        key: PRNGKeyArray,
+    ):
+        encoder_key, decoder_key = jax.random.split(key)
+        code = code_shape[0] * code_shape[1]
+        gelu = jax.nn.gelu
+        self.encoder = MLP(
+            features, encoder_width, layers, code, activation=gelu, key=encoder_key
+        )
+        self.decoder = MLP(
+            code, decoder_width, layers, features, activation=gelu, key=decoder_key
+        )
+        self.code_shape = code_shape
+
+    def logits(self, S: Float[Array, " H"]) -> Float[Array, "Sg Kg"]:
+        return self.encoder(S).reshape(self.code_shape)
+
+    def encode(self, S: Float[Array, " H"]) -> Float[Array, "Sg Kg"]:
+        """The likeliest code of a state."""
+        return mode_onehot(self.logits(S))  # (SUB 2)
+
+    def decode(self, code: Float[Array, "Sg Kg"]) -> Float[Array, " H"]:
+        """The state that a code stands for."""
+        return self.decoder(code.reshape(-1))  # (SUB 2)
+
+    def novelty(self, S: Float[Array, " H"]) -> Float[Array, ""]:
+        """How badly a state is reproduced: what has not been seen often. (SUB 5)"""
+        return jnp.mean((S - self.decode(self.encode(S))) ** 2)  # (SUB 5)
+
+
+def autoencoder_loss(
+    autoencoder: Autoencoder, S: Float[Array, "M H"], *, kl_scale: float, key
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Reconstruction plus code cost, and the health of the code. (SUB 3)
+
+    A code is dead when its KL per row is near 0, whatever its perplexity says.
+    """
+    sample_key, random_key = jax.random.split(key)
+    Sg, Kg = autoencoder.code_shape
+    logits = jax.vmap(autoencoder.logits)(S)
+    S_hat = jax.vmap(autoencoder.decode)(sample_onehot(logits, sample_key))
+    p = unimix_probs(logits)
+    kl_rows = jnp.sum(p * (jnp.log(p) + jnp.log(Kg)), -1)
+    error = jnp.mean((S - S_hat) ** 2)
+    loss = error + kl_scale * kl_rows.mean()  # (SUB 3)
+
+    decode = jax.vmap(autoencoder.decode)
+    random = jax.random.randint(random_key, (S.shape[0], Sg), 0, Kg)
+    own = jax.vmap(subgoal_reward)(decode(mode_onehot(logits)), S)
+    other = jax.vmap(subgoal_reward)(decode(jax.nn.one_hot(random, Kg)), S)
+    metrics = {
+        "loss_autoencoder": loss,
+        "code_kl_per_row": kl_rows.mean(),
+        "code_explained_variance": 1 - error / jnp.var(S, 0).mean(),
+        "code_reward_own": own.mean(),
+        "code_reward_random": other.mean(),
+    }
+    return loss, metrics
+
+
+class Subactor(eqx.Module):
+    """World model, actor, critics and autoencoder of one level.
+
+    `goal_shape` is None for the top level, which is given no goal; the `autoencoder`
+    is None where neither goals nor novelty ask for one. `critics` are stacked over
+    `rewards`, in that order.
+    """
+
+    world_model: WorldModel
+    actor: MLP
+    critics: MLP
+    autoencoder: Autoencoder | None
+    rewards: tuple[str, ...] = eqx.field(static=True)
+    action_shape: tuple[int, int] = eqx.field(static=True)
+    goal_shape: tuple[int, int] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        autoencoder: Autoencoder | None,
+        action_shape: tuple[int, int],
+        goal_shape: tuple[int, int] | None,
+        rewards: tuple[str, ...],
+        *,
+        features: int,
+        width: int,
+        layers: int,
+        key: PRNGKeyArray,
+    ):
+        actor_key, critic_key = jax.random.split(key)
+        goal = 0 if goal_shape is None else goal_shape[0] * goal_shape[1]
+        inputs = features + 3 + goal
+        actions = action_shape[0] * action_shape[1]
+        self.world_model, self.autoencoder = world_model, autoencoder
+        self.actor = MLP(inputs, width, layers, actions, key=actor_key)
+        self.critics = eqx.filter_vmap(
+            lambda key: MLP(inputs, width, layers, BINS, zero_init=True, key=key)
+        )(jax.random.split(critic_key, len(rewards)))
+        self.rewards, self.action_shape = rewards, action_shape
+        self.goal_shape = goal_shape
+
+    def policy_input(
+        self, latent: Latent, goal: Float[Array, "Sg Kg"] | None
+    ) -> tuple[Float[Array, " I"], Float[Array, ""], Float[Array, ""]]:
+        """What actor and critics see, and r̂, ĉ, which are part of it. (SUB 6)"""
+        reward, cont, surprise = self.world_model.heads.outlook(latent)
+        parts = [latent.feat, symlog(jnp.stack([reward, cont, surprise]))]
+        if goal is not None:
+            parts.append(goal.reshape(-1))
+        return jnp.concatenate(parts), reward, cont
+
+    def action_logits(self, inputs: Float[Array, " I"]) -> Float[Array, "G A"]:
+        return self.actor(inputs).reshape(self.action_shape)
+
+    def act(
+        self, latent: Latent, goal: Int[Array, " Sg"] | None, *, key: PRNGKeyArray
+    ) -> UInt8[Array, " G"]:
+        """Classes of a sampled action, given the classes of the goal. (SUB 6)"""
+        if goal is not None:
+            goal = jax.nn.one_hot(goal, self.goal_shape[1])
+        inputs, _, _ = self.policy_input(latent, goal)
+        p = unimix_probs(self.action_logits(inputs))
+        return jax.random.categorical(key, jnp.log(p)).astype(jnp.uint8)
+
+
+class Rollout(eqx.Module):
+    """Imagined trajectories; `action` has one entry less than the states."""
+
+    inputs: Float[Array, "tau M I"]
+    action: Float[Array, "tau-1 M G A"]
+    reward: Float[Array, "tau M"]
+    cont: Float[Array, "tau M"]
+    h: Float[Array, "tau M H"]
+
+
+def imagine(
+    subactor: Subactor,
+    start: Latent,
+    goal: Float[Array, "M Sg Kg"] | None,
+    horizon: int,
+    *,
+    key: PRNGKeyArray,
+) -> Rollout:
+    """`horizon` states from each start, goal held. Not differentiable. (SUB 6)"""
+    model = subactor.world_model.discretise()
+    M = start.h.shape[0]
+
+    def step(latent_inputs, key):
+        latent, inputs = latent_inputs
+        action_key, model_key = jax.random.split(key)
+        logits = jax.vmap(subactor.action_logits)(inputs)
+        action = sample_onehot(logits, action_key)  # (SUB 6)
+        keys = jax.random.split(model_key, M)
+        latent = jax.vmap(lambda c, a, k: model.imagine(c, a, key=k))(
+            latent.carry, action, keys
+        )
+        inputs, reward, cont = jax.vmap(subactor.policy_input)(latent, goal)
+        return (latent, inputs), (inputs, action, reward, cont, latent.h)
+
+    inputs, reward, cont = jax.vmap(subactor.policy_input)(start, goal)
+    keys = jax.random.split(key, horizon - 1)
+    _, imagined = jax.lax.scan(step, (start, inputs), keys)
+
+    def with_start(first, rest):
+        return jnp.concatenate([first[None], rest])
+
+    return sg(
+        Rollout(
+            inputs=with_start(inputs, imagined[0]),
+            action=imagined[1],
+            reward=with_start(reward, imagined[2]),
+            cont=with_start(cont, imagined[3]),
+            h=with_start(start.h, imagined[4]),
+        )
+    )
+
+
+class Learner(eqx.Module):
+    """All of one level that training changes; a checkpoint of it is complete."""
+
+    subactor: Subactor
+    slow_critics: MLP
+    standardiser: Standardiser
+    return_scale: Float[Array, " R"]
+    world_model_adam: optax.OptState
+    actor_adam: optax.OptState
+    critics_adam: optax.OptState
+    autoencoder_adam: optax.OptState | None
+    updates: Int[Array, ""]
+
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Trainer(eqx.Module):
+    """How a level learns: every field is a constant, `update` is one pure function.
+
+    `imagination_starts` is the number of start states per update, at most B·T.
+    `reward_weights` are w for extrinsic, subgoal and novelty.
+    """
+
+    horizon: int = eqx.field(static=True)
+    imagination_starts: int = eqx.field(static=True)
+    discount: float = eqx.field(static=True)
+    lambda_: float = eqx.field(static=True)
+    entropy_scale: float = eqx.field(static=True)
+    slow_rate: float = eqx.field(static=True)
+    running_decay: float = eqx.field(static=True)
+    normalise_returns: bool = eqx.field(static=True)
+    reward_weights: tuple[float, float, float] = eqx.field(static=True)
+    free_nats: float = eqx.field(static=True)
+    code_kl_scale: float = eqx.field(static=True)
+    standardise: bool = eqx.field(static=True)
+    world_model_lr: float = eqx.field(static=True)
+    world_model_warmup: int = eqx.field(static=True)
+    actor_critic_lr: float = eqx.field(static=True)
+    autoencoder_lr: float = eqx.field(static=True)
+
+    def _adam(self, lr: float, eps: float, clip: float, warmup: int = 0):
+        rate = optax.linear_schedule(0, lr, warmup) if warmup else lr
+        return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate, eps=eps))
+
+    @property
+    def _world_model_adam(self) -> optax.GradientTransformation:
+        return self._adam(self.world_model_lr, 1e-8, 1000, self.world_model_warmup)
+
+    @property
+    def _actor_critic_adam(self) -> optax.GradientTransformation:
+        return self._adam(self.actor_critic_lr, 1e-5, 100)
+
+    @property
+    def _autoencoder_adam(self) -> optax.GradientTransformation:
+        return self._adam(self.autoencoder_lr, 1e-6, 100)
+
+    def init(self, subactor: Subactor, features: int) -> Learner:
+        """A learner before its first update. `features` is the size H of h."""
+        autoencoder = subactor.autoencoder
+        return Learner(
+            subactor=subactor,
+            slow_critics=jax.tree.map(jnp.copy, subactor.critics),
+            standardiser=Standardiser(features, self.standardise),
+            return_scale=jnp.zeros(len(subactor.rewards)),
+            world_model_adam=self._world_model_adam.init(subactor.world_model),
+            actor_adam=self._actor_critic_adam.init(subactor.actor),
+            critics_adam=self._actor_critic_adam.init(subactor.critics),
+            autoencoder_adam=autoencoder
+            and self._autoencoder_adam.init(autoencoder),
+            updates=jnp.array(0, jnp.int32),
+        )
+
+    def update(
+        self, learner: Learner, batch: Transition, carry: Carry, *, key: PRNGKeyArray
+    ) -> tuple[Learner, Carry, Metrics]:
+        """One gradient step of every part on a batch (B, T) that follows `carry` (B).
+
+        Also returns the recomputed carries (B, T), which the replay writes back.
+        """
+        model_key, start_key, imagine_key, code_key = jax.random.split(key, 4)
+        learner, latent, metrics = self._learn_world_model(
+            learner, batch, carry, key=model_key
+        )
+        start, goal, alive = self._starts(learner, latent, batch, key=start_key)
+        rollout = imagine(learner.subactor, start, goal, self.horizon, key=imagine_key)
+        standardiser = learner.standardiser.update(
+            rollout.h.reshape(-1, rollout.h.shape[-1]), self.running_decay
+        )
+        learner = eqx.tree_at(lambda x: x.standardiser, learner, standardiser)
+        real = self._real_rewards(learner, latent, batch)
+        learner, behaviour = self._learn_behaviour(learner, rollout, goal, alive)
+        learner, code = self._learn_code(learner, rollout.h, key=code_key)
+        learner = eqx.tree_at(lambda x: x.updates, learner, learner.updates + 1)
+        return learner, latent.carry, metrics | real | behaviour | code
+
+    def _learn_world_model(
+        self, learner: Learner, batch: Transition, carry: Carry, *, key: PRNGKeyArray
+    ) -> tuple[Learner, Latent, Metrics]:
+        model = learner.subactor.world_model
+        (_, (latent, metrics)), grads = jax.value_and_grad(
+            lambda model: world_model_loss(
+                model, batch, carry, free_nats=self.free_nats, key=key
+            ),
+            has_aux=True,
+        )(model)
+        updates, adam = self._world_model_adam.update(grads, learner.world_model_adam)
+        model = optax.apply_updates(model, updates)
+        where = lambda x: (x.subactor.world_model, x.world_model_adam)
+        learner = eqx.tree_at(where, learner, (model, adam))
+        metrics["grad_norm_world_model"] = optax.global_norm(grads)
+        return learner, sg(latent), metrics
+
+    def _starts(
+        self,
+        learner: Learner,
+        latent: Latent,
+        batch: Transition,
+        *,
+        key: PRNGKeyArray,
+    ) -> tuple[Latent, Float[Array, "M Sg Kg"] | None, Float[Array, " M"]]:
+        """Start states, their goals, and weight 0 for those after a game's end."""
+        total = batch.reward.size
+        chosen = jnp.arange(total)
+        if self.imagination_starts < total:
+            shape = (self.imagination_starts,)
+            chosen = jax.random.choice(key, total, shape, replace=False)
+
+        def pick(x):
+            return x.reshape(total, *x.shape[2:])[chosen]
+
+        goal = None
+        if batch.goal is not None:
+            goal = jax.nn.one_hot(pick(batch.goal), learner.subactor.goal_shape[1])
+        alive = 1.0 - pick(batch.is_terminal)
+        return jax.tree.map(pick, latent), goal, alive
+
+    def _rewards(
+        self,
+        learner: Learner,
+        extrinsic: Float[Array, "*B M"],
+        h: Float[Array, "*B M H"],
+        goal: Float[Array, "M Sg Kg"] | None,
+    ) -> dict[str, Float[Array, "*B M"]]:
+        """The rewards that exist at this level, by name."""
+        rewards = {"extrinsic": extrinsic}
+        autoencoder = learner.subactor.autoencoder
+        if autoencoder is None:
+            return rewards
+        S = learner.standardiser(h)
+        if goal is not None:
+            G = jnp.broadcast_to(jax.vmap(autoencoder.decode)(goal), S.shape)
+            per_state = jnp.vectorize(subgoal_reward, signature="(h),(h)->()")
+            rewards["subgoal"] = per_state(G, S)
+        per_state = jnp.vectorize(autoencoder.novelty, signature="(h)->()")
+        rewards["novelty"] = per_state(S)
+        return rewards
+
+    def _real_rewards(
+        self, learner: Learner, latent: Latent, batch: Transition
+    ) -> Metrics:
+        """The same rewards on replayed states, to watch beside the imagined ones."""
+        h = latent.h.reshape(-1, latent.h.shape[-1])
+        goal = None
+        if batch.goal is not None:
+            Sg, Kg = learner.subactor.goal_shape
+            goal = jax.nn.one_hot(batch.goal, Kg).reshape(-1, Sg, Kg)
+        rewards = self._rewards(learner, batch.reward.reshape(-1), h, goal)
+        return {f"real_{name}": reward.mean() for name, reward in rewards.items()}
+
+    def _learn_behaviour(
+        self,
+        learner: Learner,
+        rollout: Rollout,
+        goal: Float[Array, "M Sg Kg"] | None,
+        alive: Float[Array, " M"],
+    ) -> tuple[Learner, Metrics]:
+        """REINFORCE and the critics, on one batch of imagined trajectories."""
+        subactor = learner.subactor
+        all_rewards = self._rewards(learner, rollout.reward, rollout.h, goal)
+        reward = jnp.stack([all_rewards[name] for name in subactor.rewards])
+        discount = self.discount * rollout.cont
+        before = jnp.concatenate([jnp.ones_like(discount[:1]), discount[:-2]])
+        weight = alive * jnp.cumprod(before, 0)
+        slow = jax.tree.map(
+            lambda slow, fast: slow + self.slow_rate * (fast - slow),
+            learner.slow_critics,
+            subactor.critics,
+        )
+
+        def loss(actor, critics):
+            logits = critic_logits(critics, rollout.inputs)
+            value = sg(twohot_mean(logits))
+            returns = self._returns(reward, value, discount)
+            scale = self._return_scale(learner, returns)
+            advantage = (returns - value[:, :-1]) / jnp.maximum(1, scale)[:, None, None]
+            advantage = self._weights(subactor)[:, None, None] * advantage  # (SUB 8)
+            action_logits = jax.vmap(jax.vmap(actor))(rollout.inputs[:-1])
+            action_logits = action_logits.reshape(rollout.action.shape)
+            H_pi = entropy(action_logits)
+            ln_pi = log_prob(action_logits, rollout.action)
+            objective = ln_pi * advantage.sum(0) + self.entropy_scale * H_pi
+            actor_loss = -(weight * objective).mean()  # (SUB 9)
+            target = sg(twohot_mean(critic_logits(slow, rollout.inputs[:-1])))
+            logits = logits[:, :-1]
+            fit = twohot_log_prob(logits, returns) + twohot_log_prob(logits, target)
+            critic_loss = -(weight * fit).mean((1, 2))  # (SUB 10)
+            metrics = {"loss_actor": actor_loss, "entropy_actor": H_pi.mean()}
+            for r, name in enumerate(subactor.rewards):
+                metrics[f"loss_critic_{name}"] = critic_loss[r]
+                metrics[f"value_{name}"] = value[r].mean()
+                metrics[f"return_{name}"] = returns[r].mean()
+                metrics[f"return_scale_{name}"] = scale[r]
+                metrics[f"advantage_{name}"] = jnp.abs(advantage[r]).mean()
+            return actor_loss + critic_loss.sum(), (scale, metrics)
+
+        (actor_grads, critic_grads), (scale, metrics) = jax.grad(
+            loss, argnums=(0, 1), has_aux=True
+        )(subactor.actor, subactor.critics)
+        adam = self._actor_critic_adam
+        actor_step, actor_adam = adam.update(actor_grads, learner.actor_adam)
+        critic_step, critics_adam = adam.update(critic_grads, learner.critics_adam)
+        metrics |= {f"imagined_{name}": x.mean() for name, x in all_rewards.items()}
+        metrics["grad_norm_actor"] = optax.global_norm(actor_grads)
+        metrics["grad_norm_critics"] = optax.global_norm(critic_grads)
+        return eqx.tree_at(
+            lambda x: (
+                x.subactor.actor,
+                x.subactor.critics,
+                x.slow_critics,
+                x.return_scale,
+                x.actor_adam,
+                x.critics_adam,
+            ),
+            learner,
+            (
+                optax.apply_updates(subactor.actor, actor_step),
+                optax.apply_updates(subactor.critics, critic_step),
+                slow,
+                scale,
+                actor_adam,
+                critics_adam,
+            ),
+        ), metrics
+
+    def _weights(self, subactor: Subactor) -> Float[Array, " R"]:
+        weights = dict(zip(REWARDS, self.reward_weights, strict=True))
+        return jnp.array([weights[name] for name in subactor.rewards])
+
+    def _returns(
+        self,
+        reward: Float[Array, "R tau M"],
+        value: Float[Array, "R tau M"],
+        discount: Float[Array, "tau M"],
+    ) -> Float[Array, "R tau-1 M"]:
+        one = lambda r, v, gamma: lambda_return(r, v, gamma, self.lambda_)
+        per_start = jax.vmap(one, in_axes=1, out_axes=1)
+        return jax.vmap(per_start, in_axes=(0, 0, None))(reward, value, discount)
+
+    def _return_scale(
+        self, learner: Learner, returns: Float[Array, "R tau-1 M"]
+    ) -> Float[Array, " R"]:
+        """Running 5-95 % range of each reward's returns; 1 if not normalised."""
+        if not self.normalise_returns:
+            return jnp.ones_like(learner.return_scale)
+        flat = returns.reshape(returns.shape[0], -1)
+        low, high = jnp.percentile(flat, jnp.array([5.0, 95.0]), axis=1)
+        decay = jnp.where(learner.updates == 0, 0.0, self.running_decay)
+        return decay * learner.return_scale + (1 - decay) * (high - low)
+
+    def _learn_code(
+        self, learner: Learner, h: Float[Array, "tau M H"], *, key: PRNGKeyArray
+    ) -> tuple[Learner, Metrics]:
+        autoencoder = learner.subactor.autoencoder
+        if autoencoder is None:
+            return learner, {}
+        S = learner.standardiser(h.reshape(-1, h.shape[-1]))
+        grads, metrics = jax.grad(
+            lambda autoencoder: autoencoder_loss(
+                autoencoder, S, kl_scale=self.code_kl_scale, key=key
+            ),
+            has_aux=True,
+        )(autoencoder)
+        step, adam = self._autoencoder_adam.update(grads, learner.autoencoder_adam)
+        where = lambda x: (x.subactor.autoencoder, x.autoencoder_adam)
+        new = (optax.apply_updates(autoencoder, step), adam)
+        metrics["grad_norm_autoencoder"] = optax.global_norm(grads)
+        return eqx.tree_at(where, learner, new), metrics
+
+
+def critic_logits(
+    critics: MLP, inputs: Float[Array, "tau M I"]
+) -> Float[Array, "R tau M 255"]:
+    """Bins of every stacked critic at every state, as one batched product."""
+    return jax.vmap(lambda critic: jax.vmap(jax.vmap(critic))(inputs))(critics)
