@@ -214,10 +214,12 @@ def act_only(
     tower: TowerState,
     step: EnvStep,
     key: PRNGKeyArray,
+    calls: Int[Array, ""],
     *,
     period: int,
 ) -> tuple[UInt8[Array, ""], TowerState]:
     """The action without remembering it: evaluation, with a tower of its own."""
+    key = jax.random.fold_in(key, calls)
     tower, action, _ = act(subactors, tower, step, period=period, key=key)
     return action, tower
 

@@ -109,7 +109,7 @@ class Atari(gymnasium.Env[np.ndarray, SupportsIndex]):
     frame_skip: frames per step; 1 pools nothing. max_frames: length of an episode in
     frames, no-ops not counted, rounded up to a whole step. ValueError if out of range.
 
-    `frames` counts the frames of the episode; `actions[i].name` says what action i does.
+    `frames` counts the episode's frames; `actions[i].name` says what action i does.
 
     Resume is exact because it replays: a state is the emulator's before the last reset,
     and the actions since. ALE's own save (0.12) omits how far an unfinished frame is
@@ -154,7 +154,7 @@ class Atari(gymnasium.Env[np.ndarray, SupportsIndex]):
         self.ale.setInt("random_seed", int(self.np_random.integers(1, 2**31)))
         # The emulator reads its seed only while it loads a game.
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", self.game).lower()
-        self.ale.loadROM(roms.get_rom_path(name))
+        self.ale.loadROM(str(roms.get_rom_path(name)))
 
     def observation(self) -> UInt8[np.ndarray, "{self.size} {self.size} C"]:
         """The current observation; black before the first reset."""

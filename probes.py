@@ -177,7 +177,8 @@ PROBES: dict[str, Rules] = {
     "probe-both": Recall(delay=-1),
 }
 BOUNDS = {  # (least, greatest) value of each option; the five `probe-` have none
-    **{"catch": {"rows": (2, 64), "columns": (1, 64)}, "recall": {"delay": (0, 10**6)}},
+    "catch": {"rows": (2, 64), "columns": (1, 64)},
+    "recall": {"delay": (0, 10**6)},
     "pinpad": {"size": (4, 64), "pads": (2, 4), "limit": (1, 10**6)},
     "echo": {"actions": (2, 64), "limit": (1, 10**6)},
 }
@@ -211,8 +212,8 @@ def scores(rules: Rules) -> tuple[float, float]:
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The one-line error for a name that is not among `known`."""
-    near = difflib.get_close_matches(name, known := list(known), cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    near = difflib.get_close_matches(name, known := list(known), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
     choice = f"choose from {', '.join(known)}" if known else "there are none"
     return ValueError(f"unknown {kind} {name!r}: {hint}{choice}")
 
@@ -235,8 +236,8 @@ class Probe(gym.Env[np.ndarray, Any]):
         super().reset(seed=int(seed))
         self.rules, self.starts = rules, rules.starts()
         self.state, self.steps, self.needs_reset = self.starts[0], 0, True
-        box = gym.spaces.Box(0, 255, self.observation().shape, np.uint8)
-        self.observation_space = box
+        shape = self.observation().shape
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
         self.action_space = gym.spaces.Discrete(rules.actions)
 
     def observation(self) -> Picture:
@@ -247,17 +248,14 @@ class Probe(gym.Env[np.ndarray, Any]):
         return self.starts[self.np_random.integers(len(self.starts))]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Start an episode → (picture, {}); a seed starts the random stream anew."""
+        """→ (first picture, {}); a seed, if given, starts the random stream anew."""
         super().reset(seed=seed)
         self.state, self.steps, self.needs_reset = self._start(), 0, False
         return self.observation(), {}
 
     def step(self, action: SupportsIndex) -> tuple[Picture, float, bool, bool, dict]:
-        """→ (picture, the reward that arrives with it, terminated, truncated, {}).
-
-        Raises RuntimeError when the episode has ended or never began, ValueError for
-        an action out of range.
-        """
+        """→ (picture, the reward that arrives with it, terminated, truncated, {});
+        RuntimeError when no episode is under way, ValueError for an unknown action."""
         if self.needs_reset:
             raise RuntimeError("no episode is under way: call reset() before step()")
         if not 0 <= operator.index(action) < self.rules.actions:
@@ -275,10 +273,12 @@ class Probe(gym.Env[np.ndarray, Any]):
 
     def set_state(self, saved: dict[str, np.ndarray]) -> None:
         """Continue from `get_state`; ValueError if probe or options differ."""
-        rules, stream, state, self.steps, self.needs_reset = unpack(saved["probe"])
+        rules, stream, *rest = unpack(saved["probe"])
         if rules != repr(self.rules):
             raise ValueError(f"this is {self.rules}, the saved state is of {rules}")
-        self.np_random.bit_generator.state, self.state = stream, tuple(state)
+        self.np_random.bit_generator.state = stream
+        state, self.steps, self.needs_reset = rest
+        self.state = tuple(state)
 
 
 def make(name: str, *, seed: int, **options: int) -> Probe:

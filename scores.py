@@ -1,21 +1,19 @@
 """The statistics of Atari100k: what a set of runs allows one to claim, with intervals.
 
-    HNS = (score - random) / (human - random)                          (SC 1)
-    mean, median: over games of the mean over that game's runs         (SC 2)
-    IQM = mean of the middle half of all runs of all games             (SC 3)
-    optimality gap = mean over all runs of max(0, 1 - HNS)             (SC 4)
-    profile(τ) = fraction of all runs with HNS > τ                     (SC 5)
-    P(X > Y) = mean over games and pairs of [x > y] + ½ [x = y]        (SC 6)
-    interval = 2.5 to 97.5 % of the statistic over replicates in which
-               each game redraws its own runs with replacement         (SC 7)
-    curve(s) = HNS of the mean return of the episodes that ended in the
-               tenth of the budget before s, else of the last one      (SC 8)
+    HNS = (score - random) / (human - random)                            (SC 1)
+    mean, median = over games, of the mean over a game's runs            (SC 2)
+    IQM = mean of the middle half of all runs                            (SC 3)
+    optimality gap = mean over all runs of max(0, 1 - HNS)               (SC 4)
+    profile(τ) = fraction of all runs with HNS > τ                       (SC 5)
+    P(X > Y) = mean over games and pairs of runs of [x > y] + ½ [x = y]  (SC 6)
+    interval = 2.5 to 97.5 % over redraws of every game's own runs       (SC 7)
+    curve(s) = IQM with, as scores, the mean return of the episodes that
+      ended in the tenth of the budget before s, else of the last one    (SC 8)
 
-Missing stays missing: a matrix holds NaN for a run without a score, and a statistic of
-a set of games is NaN while one of them has no run. Sets: "25" (the paper's, without
-UpNDown), "26", "played" (games every agent has played). UpNDown is blank in the table
-in data/, whose columns give over 25 games, mean and median in percent: SimPLe 33.6,
-11.1; TWM 93.9, 39.8; IRIS 107.8, 30.8; DreamerV3 114.4, 34.0; Hieros 120.3, 56.4.
+Missing stays missing: NaN stands for a run without a score, and a statistic of a set of
+games is NaN while one of them has no run. Sets: "25" (the paper's, without UpNDown),
+"26" and, if it is neither, "played" (by every agent). The papers' columns lack UpNDown,
+so their aggregates come out over 25 games only, not over 26 as some are printed.
 
 Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021.
 Axes: R replicates, G games, N and M seeds of two agents, T thresholds τ.
@@ -25,6 +23,7 @@ import csv
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from glob import glob
 from itertools import combinations
@@ -36,13 +35,17 @@ import tyro
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.random import Generator
 from scipy.stats import trim_mean
 
 REFERENCE = Path(__file__).parent / "data" / "atari100k_scores.csv"
+RETURN = "episode_return"  # the entry of metrics.jsonl with the return of an episode
 TAU = np.linspace(0.0, 8.0, 161)
+AGGREGATES = ("mean", "median", "IQM", "optimality gap")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 Value = float | Float[np.ndarray, "..."]
+Matrix = Float[np.ndarray, "... G N"]
 Table = dict[str, dict[str, float]]
 
 
@@ -55,86 +58,61 @@ def human_normalised(score: Value, random: Value, human: Value) -> Value:
     return (score - random) / (human - random)  # (SC 1)
 
 
-def per_game(hns: Float[np.ndarray, "... G N"]) -> Float[np.ndarray, "... G"]:
+def per_game(hns: Matrix) -> Float[np.ndarray, "... G"]:
     """Mean over the runs that a game has, NaN if it has none. (SC 2)"""
     runs = (~np.isnan(hns)).sum(-1)
     return np.where(runs > 0, np.nansum(hns, -1) / np.maximum(runs, 1), np.nan)
 
 
-def all_runs(hns: Float[np.ndarray, "... G N"]) -> Float[np.ndarray, "... runs"]:
-    """The runs of all games pooled; one NaN if a game has none.
+def all_runs(hns: Matrix) -> Float[np.ndarray, "... runs"]:
+    """The runs of all games pooled, the same ones missing in every replicate.
 
-    Leading axes must miss the same runs, as the replicates of `resample` do.
+    One NaN instead if a game has none.
     """
     present = ~np.isnan(hns.reshape(-1, *hns.shape[-2:])[0])
     complete = present.any(-1).all()
     return hns[..., present] if complete else np.full((*hns.shape[:-2], 1), np.nan)
 
 
-def mean(hns: Float[np.ndarray, "... G N"]) -> Value:
-    """Mean over games. (SC 2)"""
-    return per_game(hns).mean(-1)  # (SC 2)
+def aggregates(hns: Matrix) -> Float[np.ndarray, "... 4"]:
+    """AGGREGATES in their order; all in units of the human's lead over random."""
+    games, runs = per_game(hns), all_runs(hns)
+    mean, median = games.mean(-1), np.median(games, -1)  # (SC 2)
+    iqm = trim_mean(runs, 0.25, axis=-1)  # (SC 3)
+    gap = np.maximum(0.0, 1.0 - runs).mean(-1)  # (SC 4)
+    return np.stack([mean, median, iqm, gap], -1)
 
 
-def median(hns: Float[np.ndarray, "... G N"]) -> Value:
-    """Median over games of the mean over runs. (SC 2)"""
-    return np.median(per_game(hns), -1)  # (SC 2)
+def profile(hns: Matrix) -> Float[np.ndarray, "... T"]:
+    """Fraction of runs above each threshold of TAU. (SC 5)"""
+    runs = all_runs(hns)  # 0 * runs carries NaN over
+    return np.stack([(0 * runs + (runs > x)).mean(-1) for x in TAU], -1)  # (SC 5)
 
 
-def iqm(hns: Float[np.ndarray, "... G N"]) -> Value:
-    """Interquartile mean: ⌊n/4⌋ of all n runs are cut at either end. (SC 3)"""
-    return trim_mean(all_runs(hns), 0.25, axis=-1)  # (SC 3)
-
-
-def optimality_gap(hns: Float[np.ndarray, "... G N"]) -> Value:
-    """How far runs fall short of the human; more than human earns nothing. (SC 4)"""
-    return np.maximum(0.0, 1.0 - all_runs(hns)).mean(-1)  # (SC 4)
-
-
-def profile(
-    hns: Float[np.ndarray, "... G N"], tau: Float[np.ndarray, " T"] = TAU
-) -> Float[np.ndarray, "... T"]:
-    """Fraction of runs above each threshold. (SC 5)"""
-    runs = all_runs(hns)
-    above = [np.where(runs == runs, runs > level, runs) for level in tau]
-    return np.stack(above, -2).mean(-1)  # (SC 5)
-
-
-def improvement(
-    x: Float[np.ndarray, "... G N"], y: Float[np.ndarray, "... G M"]
-) -> Value:
+def improvement(x: Matrix, y: Float[np.ndarray, "... G M"]) -> Value:
     """Chance that a run of x beats one of y in the same game, ties half. (SC 6)"""
     wins = (np.sign(x[..., :, None] - y[..., None, :]) + 1) / 2  # (SC 6)
-    return mean(wins.reshape(*wins.shape[:-2], x.shape[-1] * y.shape[-1]))
+    return per_game(wins.reshape(*wins.shape[:-2], -1)).mean(-1)
 
 
-AGGREGATES = {"mean": mean, "median": median, "IQM": iqm, "gap": optimality_gap}
-STATISTICS = AGGREGATES | {"profile": profile}
-
-
-def resample(
-    hns: Float[np.ndarray, "G N"], reps: int, rng: np.random.Generator
-) -> Float[np.ndarray, "R G N"]:
-    """Replicates; NaN stays in place, so each game keeps its number of runs. (SC 7)"""
+def resample(hns: Matrix, reps: int, rng: Generator) -> Float[np.ndarray, "R G N"]:
+    """Redraws of each game's runs, at least one; NaN stays in place. (SC 7)"""
     replicates = np.full((reps, *hns.shape), np.nan)
     for game, row in enumerate(hns):
         runs = row[~np.isnan(row)]
-        if runs.size:
-            draw = rng.integers(runs.size, size=(reps, runs.size))
-            replicates[:, game, ~np.isnan(row)] = runs[draw]
+        draw = rng.integers(runs.size, size=(reps, runs.size))
+        replicates[:, game, ~np.isnan(row)] = runs[draw]
     return replicates
 
 
 def estimate(
     statistic: Callable, *hns: Float[np.ndarray, "G _"], reps: int = 2000, seed: int = 0
 ) -> Float[np.ndarray, "3 ..."]:
-    """[statistic(*hns), low, high]: one matrix per agent, stratified bootstrap. (SC 7)
-
-    No interval while a game has fewer than two runs: one run redrawn shows no spread.
-    """
+    """[statistic(*hns), low, high], one matrix per agent; redraws are seeded. (SC 7)"""
     point = statistic(*hns)
+    # one run redrawn shows no spread: no interval rather than one of width zero
     if any(((~np.isnan(x)).sum(-1) < 2).any() for x in hns):
-        return np.stack([point, point * np.nan, point * np.nan])
+        return np.stack([point, point * math.nan, point * math.nan])
     rng = np.random.default_rng(seed)
     draws = statistic(*(resample(x, reps, rng) for x in hns))
     return np.stack([point, *np.percentile(draws, [2.5, 97.5], axis=0)])  # (SC 7)
@@ -157,50 +135,41 @@ class Run(NamedTuple):
     returns: tuple[tuple[float, float], ...] = ()  # (step of an episode's end, return)
 
 
-def read_run(path: Path, kind: str, return_key: str) -> Run:
-    """From result.json with its `kind` (eval, train) of score, and metrics.jsonl if any.
-
-    BadInput if one of them is torn, lacks an entry or holds one of the wrong type.
-    """
+def read_run(path: Path, kind: str) -> Run:
+    """From result.json (`kind` of score) and metrics.jsonl if any; else BadInput."""
     metrics = path.with_name("metrics.jsonl")
     try:
-        x, text = (
-            json.loads(path.read_text()),
-            metrics.read_text() if metrics.exists() else "",
-        )
-        lines = [json.loads(line) for line in text.splitlines()]
-        ends = tuple((y["step"], y[return_key]) for y in lines if return_key in y)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        logged = [json.loads(line) for line in lines]
+        ends = tuple((x["step"], float(x[RETURN])) for x in logged if RETURN in x)
+        x = json.loads(path.read_text())
         score = math.nan if x[f"{kind}_score"] is None else float(x[f"{kind}_score"])
         return Run(x["game"], int(x["seed"]), score, x["preset"], int(x["steps"]), ends)
     except (KeyError, OSError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__} {error} in it or its metrics.jsonl"
-        raise BadInput(f"{path}: {what}; repeat the run or leave it out") from None
+        what = f"{type(error).__name__}: {error}, here or in metrics.jsonl"
+        raise BadInput(f"{path}: {what}; name folders of finished runs only") from None
 
 
-def read_agent(folders: list[Path], kind: str, return_key: str) -> list[Run]:
+def read_agent(folders: list[Path], kind: str) -> list[Run]:
     """Every run in or below the folders. BadInput if none, twice, or not comparable."""
-    runs: dict[tuple[str, int], Run] = {}
+    runs: dict[tuple, Run] = {}
     for folder in folders:
-        paths = sorted(folder.rglob("result.json"))
-        if not paths:
-            raise BadInput(f"{folder}: no result.json in or below it; give run folders")
-        for path in paths:
-            run = read_run(path, kind, return_key)
-            twin = runs.setdefault((run.game, run.seed), run)
-            first = next(iter(runs.values()))
+        for path in sorted(folder.rglob("result.json")) or [folder / "result.json"]:
+            run = read_run(path, kind)
             if run.game not in load_reference():
-                raise BadInput(f"{path}: {run.game} is not in Atari100k; leave it out")
-            if twin is not run or run[3:5] != first[3:5]:
-                what = f"{run[:5]} beside {twin[:5] if twin is not run else first[:5]}"
-                raise BadInput(f"{path}: {what}; name agents with --agent NAME=GLOB")
+                raise BadInput(f"{path}: no Atari100k game: {run.game}; leave it out")
+            other = runs.get(run[:2]) or next(iter(runs.values()), run)
+            if run[:2] in runs or run[3:5] != other[3:5]:
+                raise BadInput(f"{path}: {run[:5]} vs {other[:5]}: needs own --agent")
+            runs[run[:2]] = run
     return list(runs.values())
 
 
-def as_of(run: Run, step: float) -> Run:
-    """The run with its train score at an agent step; NaN before any episode. (SC 8)"""
-    ended = [(at, value) for at, value in run.returns if at <= step]
-    window = [value for at, value in ended if at > step - run.steps / 10]  # (SC 8)
-    score = np.mean(window or [value for _, value in ended][-1:] or math.nan)
+def as_of(run: Run, tenth: int) -> Run:
+    """With its train score after some tenths of the budget; NaN if none yet. (SC 8)"""
+    ended = [(at, x) for at, x in run.returns if at <= run.steps * tenth / 10]
+    window = [x for at, x in ended if at > run.steps * (tenth - 1) / 10]  # (SC 8)
+    score = np.mean(window or [x for _, x in ended[-1:]] or math.nan)
     return run._replace(score=float(score))
 
 
@@ -215,38 +184,40 @@ def hns_matrix(runs: list[Run], reference: Table) -> Float[np.ndarray, "G N"]:
     return matrix
 
 
-def summarise(agents: dict[str, list[Run]], reference: Table, reps: int = 2000) -> dict:
+def summarise(agents: dict[str, list[Run]], reference: Table) -> dict[str, Any]:
     """Every statistic per set of games, as `estimate` gives it; HNS as fractions.
 
-    {set: {"games": [...], "rows": {agent or paper: {"mean", "median", "IQM", "gap",
-    "profile", "curve", "steps", "scores": how many, "missing": games}}, "improvement":
-    {"X > Y"}}}. A paper gives means per game, not runs: no IQM, gap, profile, curve.
+    {set: {"games": [...], "rows": {agent or paper: {each of AGGREGATES, "profile"
+    at "tau", "curve" at "steps", "scores": how many, "missing": [games]}}, "improvement":
+    {"X > Y": ...}}}. A paper gives means per game, not runs: only mean and median.
     """
-    names, summary = np.array(list(reference)), {}
-    columns = [x for x in reference[names[0]] if x not in ("random", "human")]
-    papers = {x: [Run(g, 0, row[x]) for g, row in reference.items()] for x in columns}
-    hns = {x: hns_matrix(runs, reference) for x, runs in (papers | agents).items()}
+    names, summary, papers = np.array(list(reference)), {}, {}
+    for column in list(reference[names[0]])[2:]:
+        means = [Run(game, 0, row[column]) for game, row in reference.items()]
+        papers[f"{column} (paper)"] = means
+    hns = {x: hns_matrix(runs, reference) for x, runs in (agents | papers).items()}
     played = np.all([~np.isnan(hns[name]).all(-1) for name in agents], axis=0)
-    sets = {"25": names != "UpNDown", "26": names != "", "played": played}
+    sets = {"25": names != "UpNDown", "26": names != ""}
+    if played.any() and not any((played == chosen).all() for chosen in sets.values()):
+        sets["played"] = played
     for label, chosen in sets.items():
-        part = summary[label] = {"games": names[chosen].tolist(), "rows": {}}
+        games, rows, wins = names[chosen], {}, {}
         for name, x in ((name, x[chosen]) for name, x in hns.items()):
-            kinds = STATISTICS if name in agents else {"mean": mean, "median": median}
-            row = {k: estimate(f, x, reps=reps) for k, f in kinds.items()}
-            row["scores"] = int((~np.isnan(x)).sum())
-            row["missing"] = names[chosen][np.isnan(x).all(-1)].tolist()
-            part["rows"][name] = row
+            known = AGGREGATES if name in agents else AGGREGATES[:2]
+            rows[name] = dict(zip(known, estimate(aggregates, x).T, strict=False))
+            rows[name]["scores"] = int((~np.isnan(x)).sum())
+            rows[name]["missing"] = games[np.isnan(x).all(-1)].tolist()
         for name, runs in agents.items():
-            steps = np.linspace(0.1, 1, 10) * runs[0].steps
-            then = [hns_matrix([as_of(r, s) for r in runs], reference) for s in steps]
-            curve = np.stack([estimate(iqm, x[chosen], reps=reps) for x in then], 1)
-            part["rows"][name] |= {"steps": steps, "curve": curve}
-        part["improvement"] = {
-            f"{a} > {b}": estimate(
-                improvement, hns[a][chosen], hns[b][chosen], reps=reps
-            )
-            for a, b in combinations(agents, 2)
-        }
+            then = [[as_of(run, tenth) for run in runs] for tenth in range(1, 11)]
+            then = [
+                estimate(aggregates, hns_matrix(x, reference)[chosen]) for x in then
+            ]
+            rows[name]["curve"] = np.stack(then, 1)[..., AGGREGATES.index("IQM")]
+            rows[name]["steps"] = runs[0].steps * np.arange(1, 11) / 10
+            rows[name] |= {"tau": TAU, "profile": estimate(profile, hns[name][chosen])}
+        for x, y in combinations(agents, 2):
+            wins[f"{x} > {y}"] = estimate(improvement, hns[x][chosen], hns[y][chosen])
+        summary[label] = {"games": games.tolist(), "rows": rows, "improvement": wins}
     return summary
 
 
@@ -263,141 +234,122 @@ def per_game_rows(agents: dict[str, list[Run]], reference: Table) -> list[list[s
     for game, row in reference.items():
         rows.append([game, *map(show, row.values())])
         for runs in agents.values():
-            scores = [x.score for x in runs if x.game == game and x.score == x.score]
+            all_scores = [run.score for run in runs if run.game == game]
+            scores = [score for score in all_scores if not math.isnan(score)]
             score = float(np.mean(scores or math.nan))
-            hns = 100 * human_normalised(score, row["random"], row["human"])
+            hns = 100 * float(human_normalised(score, row["random"], row["human"]))
             seeds = f"{len(scores)}/{len({run.seed for run in runs})}"
             rows[-1] += [show(score), show(hns), seeds]
     return rows
 
 
-def aggregate_rows(summary: dict) -> list[list[str]]:
+def aggregate_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Header, then a row per set of games and agent or paper; HNS in percent."""
     rows = [["games", "agent", "scores", *(f"{k} %" for k in AGGREGATES), "missing"]]
     for label, part in summary.items():
         for name, row in part["rows"].items():
             cells = [show(*100 * row[k]) if k in row else "-" for k in AGGREGATES]
-            count, gone = str(row["scores"]), ", ".join(row["missing"])
-            rows.append([label, name, count, *cells, gone])
+            gone = ", ".join(row["missing"][:3]) + " ..." * (len(row["missing"]) > 3)
+            rows.append([label, name, str(row["scores"]), *cells, gone])
     return rows
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table, numbers to the right."""
-    rows = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 def draw_intervals(axes: Axes, rows: dict[str, Any], xlabel: str) -> None:
-    """A line per estimate, first on top: bar = interval, stroke = point; in percent."""
+    """First on top: bar = interval, stroke = point, grey without interval; percent."""
     for y, estimated in enumerate(rows.values()):
         point, low, high = 100 * estimated
-        colour = COLOURS[y % len(COLOURS)]
-        axes.barh(y, high - low, 0.6, low, color=colour, alpha=0.35)
-        axes.plot([point, point], [y - 0.3, y + 0.3], color=colour, lw=2.5)
+        colour = "grey" if math.isnan(low) else COLOURS[y % len(COLOURS)]
+        axes.plot([low, high], [y, y], color=colour, alpha=0.4, lw=9)
+        axes.plot(point, y, "|", color=colour, ms=14, mew=2.5)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
 
 
-def draw_curves(axes: Axes, rows: dict[str, Any], xlabel: str, ylabel: str) -> None:
-    """A line and its band per name, values (x, estimate of y); y in percent."""
-    for i, (name, (x, estimated)) in enumerate(rows.items()):
-        point, low, high = 100 * estimated
+def draw_curves(axes: Axes, rows: dict[str, Any], x: str, y: str) -> None:
+    """A line and its 95 % band for every row that has entries x and y; y in percent."""
+    for i, (name, row) in enumerate((k, row) for k, row in rows.items() if y in row):
+        point, low, high = 100 * row[y]
         colour, dash = COLOURS[i % len(COLOURS)], ("-", "--", "-.", ":")[i % 4]
-        axes.plot(x, point, dash, color=colour, label=name)
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.plot(row[x], point, dash, color=colour, label=name)
+        axes.fill_between(row[x], low, high, color=colour, alpha=0.2, lw=0)
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
 
-def draw(part: dict, out: Path, label: str) -> None:
+def draw(part: dict[str, Any], out: Path, label: str) -> None:
     """PNG files of one set of games of `summarise`, named by what they show."""
-    figures, rows, wins = {}, part["rows"], part["improvement"]
-    runs = {name: row for name, row in rows.items() if "curve" in row}
-
-    def panels(name: str, count: int, height: float) -> Any:
-        figures[name] = Figure((4 + 2 * count, height), dpi=130, layout="constrained")
-        figures[name].suptitle(f"{len(part['games'])} games, 95 % bootstrap intervals")
-        return figures[name].subplots(1, count, sharey=True, squeeze=False)[0]
-
-    height = 1.5 + 0.3 * len(rows)
-    for axes, k in zip(panels("aggregates", 4, height), AGGREGATES, strict=True):
-        of = {name: row.get(k, np.full(3, np.nan)) for name, row in rows.items()}
-        draw_intervals(axes, of, f"{k} of HNS (%)")
-    of = {name: (TAU, row["profile"]) for name, row in runs.items()}
-    draw_curves(
-        *panels("profile", 1, 4), of, "τ (HNS, 1 = human)", "runs with HNS > τ (%)"
-    )
-    of = {name: (row["steps"], row["curve"]) for name, row in runs.items()}
-    xlabel = "agent steps (4 frames each)"
-    draw_curves(*panels("efficiency", 1, 4), of, xlabel, "IQM of training HNS (%)")
+    rows, wins = part["rows"], part["improvement"]
+    figures = defaultdict(lambda: Figure((9, 4.5), dpi=110, layout="constrained"))
+    for i, kind in enumerate(AGGREGATES):
+        of = {name: row[kind] for name, row in rows.items() if kind in row}
+        axes = figures["aggregates"].add_subplot(2, 2, i + 1)
+        draw_intervals(axes, of, f"{kind} of human-normalised score (%)")
+    axes = figures["profile"].add_subplot(ylabel="runs with score above τ (%)")
+    draw_curves(axes, rows, "tau", "profile")
+    axes.set(xlabel="τ, human-normalised score (human = 1)", xlim=(0, TAU[-1]))
+    if any((row["curve"] > -np.inf).any() for row in rows.values() if "curve" in row):
+        axes = figures["efficiency"].add_subplot(xlabel="agent steps (4 frames each)")
+        draw_curves(axes, rows, "steps", "curve")
+        axes.set(ylabel="IQM of human-normalised training score (%)")
     if wins:
-        [axes] = panels("improvement", 1, 1.5 + 0.3 * len(wins))
-        draw_intervals(axes, wins, "P(X > Y) (%)")
-        axes.axvline(50, color="grey", lw=1, ls=":")
+        axes = figures["improvement"].add_subplot(xlim=(0, 100))
+        draw_intervals(axes, wins, "P(a run of X scores above one of Y) (%)")
+        axes.axvline(50, color="black", ls=":")
     for name, figure in figures.items():
+        figure.suptitle(f"Atari100k, {len(part['games'])} games, 95 % intervals")
         figure.savefig(out / f"{name}_{label}.png")
 
 
 def write(agents: dict[str, list[Run]], out: Path) -> None:
-    """table.md, table.csv, aggregates.json (NaN → null) and the figures of each set of
-    games that every agent has played, "played" itself only if it is neither 25 nor 26.
-    """
+    """table.md, table.csv, aggregates.json (NaN → null); figures if no game misses."""
     reference = load_reference()
     summary, rows = summarise(agents, reference), per_game_rows(agents, reference)
+    text = ""
+    for head, *body in (rows, aggregate_rows(summary)):
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        text += "".join(f"| {' | '.join(x)} |\n" for x in (head, rule, *body)) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    tables = [markdown(rows), markdown(aggregate_rows(summary))]
-    (out / "table.md").write_text("\n".join(tables))
+    (out / "table.md").write_text(text)
     (out / "table.csv").write_text("".join(",".join(row) + "\n" for row in rows))
     text = json.dumps(summary, default=np.ndarray.tolist)
     strict = json.loads(text, parse_constant=lambda nan: None)
-    (out / "aggregates.json").write_text(json.dumps(strict, indent=1))
-    played = summary["played"]["games"]
-    whole = [x for x in ("25", "26") if set(summary[x]["games"]) <= set(played)]
-    for label in whole or (["played"] if played else []):
-        draw(summary[label], out, label)
+    (out / "aggregates.json").write_text(json.dumps(strict))
+    for label, part in summary.items():
+        if not any(part["rows"][name]["missing"] for name in agents):
+            draw(part, out, label)
 
 
 def main(
     run_dirs: tyro.conf.Positional[tuple[Path, ...]] = (),
-    agent: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     *,
     out: Path,
+    agent: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     score: Literal["eval", "train"] = "eval",
-    return_key: str = "episode_return",
 ) -> None:
     """Table, aggregates and figures of Atari100k from finished runs.
 
     Args:
         run_dirs: run folders, or folders of them, of the agent "ours"
-        agent: NAME=GLOB, another agent and its folders; may be repeated
         out: folder for table.md, table.csv, aggregates.json and PNG files
+        agent: NAME=GLOB, another agent and its folders; may be repeated
         score: which score of result.json; the two are never mixed
-        return_key: entry of metrics.jsonl with the return of an ended episode
     """
     folders = {"ours": list(run_dirs)} if run_dirs else {}
     for text in agent:
         name, _, pattern = text.partition("=")
-        if set(name) & set(",|") or not name or name in folders:
-            raise BadInput(
-                f"--agent {text}: needs NAME=GLOB, each NAME once, no , or |"
-            )
-        folders[name] = sorted(map(Path, glob(pattern)))
-        if not folders[name]:
-            raise BadInput(f"--agent {text}: no such folder; quote the GLOB")
-    if not folders:
-        raise BadInput(
-            "RUN_DIR: none given; name run folders, or use --agent NAME=GLOB"
-        )
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; name a folder")
-    agents = {x: read_agent(dirs, score, return_key) for x, dirs in folders.items()}
-    write(agents, out)
+        paths = [Path(x) for x in sorted(glob(pattern))]
+        if not name or name in folders or set(name) & set(",|") or not paths:
+            raise BadInput(f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders")
+        folders[name] = paths
+    if not folders or out.is_file():
+        what = f"--out {out}: is a file" if folders else "RUN_DIRS: none given"
+        raise BadInput(f"{what}; usage: scores.py RUN_DIR ... --out DIR")
+    write({x: read_agent(paths, score) for x, paths in folders.items()}, out)
 
 
 if __name__ == "__main__":
     try:
         tyro.cli(main)
     except BadInput as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)

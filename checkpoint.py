@@ -1,0 +1,216 @@
+"""Checkpoints that survive a crash and execute nothing when they are read.
+
+One file holds named arrays and a JSON object:
+
+    magic  8 bytes "HIEROS\\x00\\x01"     version of the format in the last byte
+    size   8 bytes, little endian       length of the header
+    sha    32 bytes                     SHA-256 of the header
+    header JSON                         arrays (name, dtype, shape, length, SHA-256), meta
+    data   the arrays, one after the other, each packed by zlib where that helps
+
+A file is written under a temporary name, flushed, renamed. What a ring buffer has
+gained since the last checkpoint goes to a segment, a file of the same form that later
+checkpoints refer to, so that saving costs what is new and not what is there.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"HIEROS\x00"
+VERSION = 1
+PREAMBLE = len(MAGIC) + 1 + 8 + 32
+MAX_HEADER = 1 << 26
+DTYPES = frozenset(
+    "bool uint8 uint32 int8 int32 int64 float16 float32 float64 complex64".split()
+)
+KEEP = 2
+
+
+class CheckpointError(Exception):
+    """A file that is no checkpoint, or a damaged or foreign one; says so in a line."""
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> str:
+    """Writes one file and returns the SHA-256 of its header. Raises OSError."""
+    entries, blobs = [], []
+    for name, array in arrays.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        # Floats hardly shrink; pixels, classes and flags do, more than tenfold.
+        packed = zlib.compress(raw, 1) if array.dtype.itemsize <= 2 else raw
+        blobs.append(packed)
+        entries.append(
+            {
+                "name": name,
+                "dtype": array.dtype.name,
+                "shape": array.shape,
+                "length": len(packed),
+                "sha256": hashlib.sha256(packed).hexdigest(),
+            }
+        )
+    header = json.dumps({"arrays": entries, "meta": meta}).encode()
+    digest = hashlib.sha256(header)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(MAGIC + bytes([VERSION]))
+        file.write(len(header).to_bytes(8, "little") + digest.digest() + header)
+        for blob in blobs:
+            file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_header(path: Path, sha256: str | None = None) -> tuple[list[dict], dict, int]:
+    """Checked array entries, meta and the offset of the data. Raises CheckpointError.
+
+    Sizes are compared with the file's before anything is allocated.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            preamble = file.read(PREAMBLE)
+            if len(preamble) < PREAMBLE or not preamble.startswith(MAGIC):
+                raise CheckpointError(f"{path} is not a checkpoint")
+            if preamble[len(MAGIC)] != VERSION:
+                raise CheckpointError(
+                    f"{path} has format {preamble[len(MAGIC)]}, "
+                    f"this program reads format {VERSION}"
+                )
+            length = int.from_bytes(preamble[8:16], "little")
+            if length > min(size - PREAMBLE, MAX_HEADER):
+                raise CheckpointError(f"{path} is cut short")
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(header)
+    if digest.digest() != preamble[16:] or sha256 not in (None, digest.hexdigest()):
+        raise CheckpointError(f"{path} has a damaged header")
+    try:
+        content = json.loads(header)
+        entries, meta = content["arrays"], content["meta"]
+        for entry in entries:
+            valid = (
+                entry["dtype"] in DTYPES
+                and isinstance(entry["name"], str)
+                and all(isinstance(n, int) and n >= 0 for n in entry["shape"])
+                and isinstance(entry["length"], int)
+                and entry["length"] >= 0
+            )
+            if not valid:
+                raise CheckpointError(f"{path} describes an impossible array")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has an unreadable header") from error
+    total = PREAMBLE + length + sum(entry["length"] for entry in entries)
+    if total != size:
+        raise CheckpointError(f"{path} has {size} bytes instead of {total}")
+    return entries, meta, PREAMBLE + length
+
+
+def read(path: Path, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and meta of one file, every byte checked. Raises CheckpointError."""
+    entries, meta, offset = read_header(path, sha256)
+    arrays = {}
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for entry in entries:
+            name, dtype = entry["name"], np.dtype(entry["dtype"])
+            raw = file.read(entry["length"])
+            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+                raise CheckpointError(f"{path} is damaged at {name}")
+            bytes_needed = dtype.itemsize * int(np.prod(entry["shape"], dtype=object))
+            if dtype.itemsize <= 2:
+                raw = unpack(raw, bytes_needed)
+            if len(raw) != bytes_needed:
+                raise CheckpointError(f"{path} holds {name} at another size")
+            arrays[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
+    return arrays, meta
+
+
+def unpack(packed: bytes, limit: int) -> bytes:
+    """zlib, never more than one byte above `limit`."""
+    try:
+        return zlib.decompressobj().decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise CheckpointError("packed data is damaged") from error
+
+
+class Rings:
+    """Append-only segments of the run's ring buffers, one chain per buffer.
+
+    A ring of capacity C that has been given n entries keeps entry e at row e mod C.
+    """
+
+    def __init__(self, folder: Path, segments: dict[str, list[dict]] | None = None):
+        self.folder = folder
+        self.segments = segments or {}
+
+    def append(self, name: str, rows: dict[str, np.ndarray], total: int) -> None:
+        """Saves what buffer `name` gained up to its entry `total`."""
+        capacity = next(iter(rows.values())).shape[0] - 1
+        chain = self.segments.setdefault(name, [])
+        oldest = max(0, total - capacity)
+        start = max(chain[-1]["end"] if chain else 0, oldest)
+        if start < total:
+            index = np.arange(start, total) % capacity
+            file = f"{name}-{start:09d}-{total:09d}.seg"
+            arrays = {key: ring[index] for key, ring in rows.items()}
+            digest = write(self.folder / file, arrays, {})
+            chain.append({"file": file, "end": total, "start": start, "sha256": digest})
+        self.segments[name] = [s for s in chain if s["end"] > oldest]
+
+    def restore(self, name: str, rows: dict[str, np.ndarray]) -> None:
+        """Fills writable arrays with the saved rows of buffer `name`."""
+        for segment in self.segments[name]:
+            arrays, _ = read(self.folder / segment["file"], segment["sha256"])
+            if arrays.keys() != rows.keys():
+                raise CheckpointError(f"{segment['file']} belongs to another run")
+            for key, ring in rows.items():
+                capacity = ring.shape[0] - 1
+                index = np.arange(segment["start"], segment["end"]) % capacity
+                same = arrays[key].dtype == ring.dtype
+                if not same or arrays[key].shape != (len(index), *ring.shape[1:]):
+                    raise CheckpointError(f"{segment['file']} belongs to another run")
+                ring[index] = arrays[key]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint files of a run, newest first."""
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+
+
+def save(
+    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict, rings: Rings
+) -> Path:
+    """Writes the checkpoint of a step, then drops all but the newest KEEP. OSError."""
+    path = folder / f"step-{step:09d}.ckpt"
+    write(path, arrays, meta | {"segments": rings.segments})
+    good, needed = 0, set()
+    for old in checkpoints(folder):
+        try:
+            segments = read_header(old)[1]["segments"] if good < KEEP else {}
+        except CheckpointError:
+            continue
+        good += 1
+        needed |= {s["file"] for chain in segments.values() for s in chain}
+        if good > KEEP:
+            old.unlink()
+    for segment in folder.glob("*.seg"):
+        if segment.name not in needed:
+            segment.unlink()
+    return path
