@@ -175,7 +175,7 @@ def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
         if subactor.goal_shape is not None:
             goal = jnp.zeros(subactor.goal_shape[0], jnp.uint8)
         false = jnp.array(False)
-        step = Transition(obs, state.action, jnp.array(0.0), false, false, goal)
+        step = Transition(obs, state.action, jnp.zeros(()), false, false, goal)
         # An episode of n steps leaves n + 1 entries, so a run may need a few more.
         entries = config.steps // config.period**level * 5 // 4 + config.length
         return Replay(min(config.capacity, entries), step, state.carry)

@@ -84,7 +84,7 @@ def init_state(subactors: tuple[Subactor, ...], period: int) -> TowerState:
             carry=jax.tree.map(jnp.zeros_like, carry),
             action=jnp.zeros(subactor.action_shape[0], jnp.uint8),
             window=window,
-            reward=jnp.array(0.0),
+            reward=jnp.zeros(()),
         )
 
     levels = tuple(level(i, s) for i, s in enumerate(subactors))

@@ -10,10 +10,9 @@
     curve(s) = IQM with, as scores, the mean return of the episodes that
       ended in the tenth of the budget before s, else of the last one    (SC 8)
 
-Missing stays missing: NaN stands for a run without a score, and a statistic of a set of
-games is NaN while one of them has no run. Sets: "25" (the paper's, without UpNDown),
-"26" and, if it is neither, "played" (by every agent). The papers' columns lack UpNDown,
-so their aggregates come out over 25 games only, not over 26 as some are printed.
+A run without a score is NaN, and so is a statistic of a set of games while one of them
+has no run. Sets: "25" (the paper's, without UpNDown), "26" and, if it is neither of the
+two, "played" (by every agent). The papers' columns lack UpNDown: no aggregate over 26.
 
 Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", NeurIPS 2021.
 Axes: R replicates, G games, N and M seeds of two agents, T thresholds τ.
@@ -43,7 +42,6 @@ RETURN = "episode_return"  # the entry of metrics.jsonl with the return of an ep
 TAU = np.linspace(0.0, 8.0, 161)
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
 Value = float | Float[np.ndarray, "..."]
 Matrix = Float[np.ndarray, "... G N"]
 Table = dict[str, dict[str, float]]
@@ -65,10 +63,7 @@ def per_game(hns: Matrix) -> Float[np.ndarray, "... G"]:
 
 
 def all_runs(hns: Matrix) -> Float[np.ndarray, "... runs"]:
-    """The runs of all games pooled, the same ones missing in every replicate.
-
-    One NaN instead if a game has none.
-    """
+    """Runs of all games, absent alike in every replicate; NaN if a game has none."""
     present = ~np.isnan(hns.reshape(-1, *hns.shape[-2:])[0])
     complete = present.any(-1).all()
     return hns[..., present] if complete else np.full((*hns.shape[:-2], 1), np.nan)
@@ -141,13 +136,14 @@ def read_run(path: Path, kind: str) -> Run:
     try:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         logged = [json.loads(line) for line in lines]
-        ends = tuple((x["step"], float(x[RETURN])) for x in logged if RETURN in x)
+        ends = ((float(x["step"]), float(x[RETURN])) for x in logged if RETURN in x)
         x = json.loads(path.read_text())
         score = math.nan if x[f"{kind}_score"] is None else float(x[f"{kind}_score"])
-        return Run(x["game"], int(x["seed"]), score, x["preset"], int(x["steps"]), ends)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}, here or in metrics.jsonl"
-        raise BadInput(f"{path}: {what}; name folders of finished runs only") from None
+        budget = str(x["preset"]), int(x["steps"])
+        return Run(str(x["game"]), int(x["seed"]), score, *budget, tuple(ends))
+    except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+        what = f"no usable result.json, metrics.jsonl ({error!r}); give finished runs"
+        raise BadInput(f"{path.parent}: {what}") from None
 
 
 def read_agent(folders: list[Path], kind: str) -> list[Run]:
@@ -187,8 +183,8 @@ def hns_matrix(runs: list[Run], reference: Table) -> Float[np.ndarray, "G N"]:
 def summarise(agents: dict[str, list[Run]], reference: Table) -> dict[str, Any]:
     """Every statistic per set of games, as `estimate` gives it; HNS as fractions.
 
-    {set: {"games": [...], "rows": {agent or paper: {each of AGGREGATES, "profile"
-    at "tau", "curve" at "steps", "scores": how many, "missing": [games]}}, "improvement":
+    {set: {"games": [...], "rows": {agent or paper: {each of AGGREGATES, "profile" at
+    "tau", "curve" at "steps", "scores": how many, "missing": [games]}}, "improvement":
     {"X > Y": ...}}}. A paper gives means per game, not runs: only mean and median.
     """
     names, summary, papers = np.array(list(reference)), {}, {}
@@ -208,11 +204,10 @@ def summarise(agents: dict[str, list[Run]], reference: Table) -> dict[str, Any]:
             rows[name]["scores"] = int((~np.isnan(x)).sum())
             rows[name]["missing"] = games[np.isnan(x).all(-1)].tolist()
         for name, runs in agents.items():
-            then = [[as_of(run, tenth) for run in runs] for tenth in range(1, 11)]
-            then = [
-                estimate(aggregates, hns_matrix(x, reference)[chosen]) for x in then
-            ]
-            rows[name]["curve"] = np.stack(then, 1)[..., AGGREGATES.index("IQM")]
+            past = [[as_of(run, tenth) for run in runs] for tenth in range(1, 11)]
+            past = [hns_matrix(then, reference)[chosen] for then in past]
+            curve = np.stack([estimate(aggregates, x) for x in past], 1)
+            rows[name]["curve"] = curve[..., AGGREGATES.index("IQM")]
             rows[name]["steps"] = runs[0].steps * np.arange(1, 11) / 10
             rows[name] |= {"tau": TAU, "profile": estimate(profile, hns[name][chosen])}
         for x, y in combinations(agents, 2):
@@ -234,8 +229,8 @@ def per_game_rows(agents: dict[str, list[Run]], reference: Table) -> list[list[s
     for game, row in reference.items():
         rows.append([game, *map(show, row.values())])
         for runs in agents.values():
-            all_scores = [run.score for run in runs if run.game == game]
-            scores = [score for score in all_scores if not math.isnan(score)]
+            mine = [run.score for run in runs if run.game == game]
+            scores = [score for score in mine if not math.isnan(score)]
             score = float(np.mean(scores or math.nan))
             hns = 100 * float(human_normalised(score, row["random"], row["human"]))
             seeds = f"{len(scores)}/{len({run.seed for run in runs})}"
@@ -259,7 +254,7 @@ def draw_intervals(axes: Axes, rows: dict[str, Any], xlabel: str) -> None:
     for y, estimated in enumerate(rows.values()):
         point, low, high = 100 * estimated
         colour = "grey" if math.isnan(low) else COLOURS[y % len(COLOURS)]
-        axes.plot([low, high], [y, y], color=colour, alpha=0.4, lw=9)
+        axes.plot([low, high], [y, y], c=colour, alpha=0.4, lw=9, solid_capstyle="butt")
         axes.plot(point, y, "|", color=colour, ms=14, mew=2.5)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
@@ -284,20 +279,20 @@ def draw(part: dict[str, Any], out: Path, label: str) -> None:
     for i, kind in enumerate(AGGREGATES):
         of = {name: row[kind] for name, row in rows.items() if kind in row}
         axes = figures["aggregates"].add_subplot(2, 2, i + 1)
-        draw_intervals(axes, of, f"{kind} of human-normalised score (%)")
-    axes = figures["profile"].add_subplot(ylabel="runs with score above τ (%)")
+        draw_intervals(axes, of, f"{kind} of HNS (%)")
+    axes = figures["profile"].add_subplot(ylabel="runs with HNS above τ (%)")
     draw_curves(axes, rows, "tau", "profile")
-    axes.set(xlabel="τ, human-normalised score (human = 1)", xlim=(0, TAU[-1]))
+    axes.set(xlabel="threshold τ (1 = human)", xlim=(0, TAU[-1]))
     if any((row["curve"] > -np.inf).any() for row in rows.values() if "curve" in row):
         axes = figures["efficiency"].add_subplot(xlabel="agent steps (4 frames each)")
         draw_curves(axes, rows, "steps", "curve")
-        axes.set(ylabel="IQM of human-normalised training score (%)")
+        axes.set(ylabel="IQM of training HNS (%)")
     if wins:
         axes = figures["improvement"].add_subplot(xlim=(0, 100))
         draw_intervals(axes, wins, "P(a run of X scores above one of Y) (%)")
         axes.axvline(50, color="black", ls=":")
     for name, figure in figures.items():
-        figure.suptitle(f"Atari100k, {len(part['games'])} games, 95 % intervals")
+        figure.suptitle(f"{len(part['games'])} games; HNS: 0 random, 100 % human")
         figure.savefig(out / f"{name}_{label}.png")
 
 
@@ -323,7 +318,7 @@ def write(agents: dict[str, list[Run]], out: Path) -> None:
 def main(
     run_dirs: tyro.conf.Positional[tuple[Path, ...]] = (),
     *,
-    out: Path,
+    out: Path | None = None,
     agent: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     score: Literal["eval", "train"] = "eval",
 ) -> None:
@@ -342,8 +337,8 @@ def main(
         if not name or name in folders or set(name) & set(",|") or not paths:
             raise BadInput(f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders")
         folders[name] = paths
-    if not folders or out.is_file():
-        what = f"--out {out}: is a file" if folders else "RUN_DIRS: none given"
+    if not folders or out is None or out.is_file():
+        what = f"--out {out}: is no folder" if folders else "RUN_DIRS: none given"
         raise BadInput(f"{what}; usage: scores.py RUN_DIR ... --out DIR")
     write({x: read_agent(paths, score) for x, paths in folders.items()}, out)
 
@@ -351,5 +346,5 @@ def main(
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except BadInput as problem:
+    except (BadInput, OSError) as problem:
         sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)
