@@ -27,13 +27,13 @@ from nets import (
     FlatEncoder,
     ImageDecoder,
     ImageEncoder,
-    Window,
     WindowDecoder,
     WindowEncoder,
 )
 from rssm import RSSM
 from s5wm import S5WM, Heads, Transition
-from subactor import Autoencoder, Learner, Subactor, Trainer
+from subactor import Learner, Subactor, Trainer
+from subgoal import Autoencoder
 
 
 class Agent(eqx.Module):

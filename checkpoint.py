@@ -5,7 +5,8 @@ One file holds named arrays and a JSON object:
     magic  8 bytes "HIEROS\\x00\\x01"     version of the format in the last byte
     size   8 bytes, little endian       length of the header
     sha    32 bytes                     SHA-256 of the header
-    header JSON                         arrays (name, dtype, shape, length, SHA-256), meta
+    header JSON                         meta; name, dtype, shape, length and SHA-256
+                                        of every array
     data   the arrays, one after the other, each packed by zlib where that helps
 
 A file is written under a temporary name, flushed, renamed. What a ring buffer has
@@ -26,7 +27,7 @@ VERSION = 1
 PREAMBLE = len(MAGIC) + 1 + 8 + 32
 MAX_HEADER = 1 << 26
 DTYPES = frozenset(
-    "bool uint8 uint32 int8 int32 int64 float16 float32 float64 complex64".split()
+    "bool int8 uint8 int32 uint32 int64 float16 float32 float64 complex64".split()
 )
 KEEP = 2
 

@@ -159,4 +159,3 @@ def store_carry(carry: Carry) -> StoredCarry:
 def load_carry(carry: StoredCarry, classes: int) -> Carry:
     """Inverse of `store_carry`."""
     return Carry(carry.x, jax.nn.one_hot(carry.z, classes))
-

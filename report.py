@@ -1,1 +1,2 @@
-def draw(run): pass
+def draw(run):
+    pass

@@ -270,7 +270,9 @@ class Run:
             steps = fill(replay.steps, rows, path)
             where = lambda r: (r.steps, r.carries, r.draws, r.head, r.size)
             replays.append(eqx.tree_at(where, replay, (steps, *saved)))
-        prefix = lambda p: {k[len(p) :]: x for k, x in arrays.items() if k.startswith(p)}
+        prefix = lambda p: {
+            k[len(p) :]: x for k, x in arrays.items() if k.startswith(p)
+        }
         self.env.set_state(prefix("env/"))
         self.agent = Agent(
             state["learners"],

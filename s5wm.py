@@ -27,7 +27,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, PRNGKeyArray, UInt8
 
 from nets import (
-    BINS,
     LAYER_NORM_EPS,
     MLP,
     FlatDecoder,
@@ -37,9 +36,9 @@ from nets import (
     Window,
     WindowDecoder,
     WindowEncoder,
+    entropy,
     image_loss,
     kl_divergence,
-    entropy,
     mode_onehot,
     sample_onehot,
     symlog,

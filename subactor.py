@@ -1,21 +1,17 @@
-"""One level of the hierarchy: actor-critic in imagination and subgoal autoencoder.
+"""One level of the hierarchy: an actor-critic that learns in imagination.
 
-    S_t = (symlog(h_t) - mean) / std,  running over imagined states  (SUB 1)
-    g = code ~ AE.encode(S),  Ŝ = AE.decode(code)                   (SUB 2)
-    L_AE = mean (S - Ŝ)² + 0.5 mean_rows KL[code ‖ uniform]         (SUB 3)
-    r_g = max(0, ⟨G, S⟩ / max(‖G‖, ‖S‖)²),  G = AE.decode(goal)     (SUB 4)
-    r_nov = mean (S - Ŝ)²                                           (SUB 5)
-    a_τ ~ π(a | feat_τ, symlog(r̂_τ, ĉ_τ, H[p_τ]), goal)             (SUB 6)
-    R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ ĉ_τ       (SUB 7)
-    A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s)                 (SUB 8)
-    L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ_j (SUB 9)
-    L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 10)
+    a_τ ~ π(a | feat_τ, symlog(r̂_τ, ĉ_τ, H[p_τ]), goal)             (SUB 1)
+    R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ ĉ_τ       (SUB 2)
+    A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s)                 (SUB 3)
+    L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ_j (SUB 4)
+    L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 5)
 
 The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
 critic, λ-return and scale. Nothing is differentiated through the world model.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2. Official: subactor.py,
-behavior.py. Differs from the official code in: Δ12-Δ16, Δ23.
+behavior.py. Differs from the official code in: Δ12 prior entropy, Δ13 goals decoded
+now, Δ15 advantages are normalised.
 
 Axes: R rewards, τ imagined time, M start states, G × A action code, Sg × Kg goal
 code, H features of h. The imagined horizon is `horizon` states, start included.
@@ -25,14 +21,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from nets import (
     BINS,
     MLP,
     entropy,
     log_prob,
-    mode_onehot,
     sample_onehot,
     symlog,
     twohot_log_prob,
@@ -40,6 +35,7 @@ from nets import (
     unimix_probs,
 )
 from s5wm import Carry, Latent, Transition, WorldModel, world_model_loss
+from subgoal import Autoencoder, Standardiser, autoencoder_loss, subgoal_reward
 
 REWARDS = ("extrinsic", "subgoal", "novelty")
 sg = jax.lax.stop_gradient
@@ -51,129 +47,15 @@ def lambda_return(
     discount: Float[Array, " tau"],
     lambda_: float,
 ) -> Float[Array, " tau-1"]:
-    """λ-returns of one trajectory, bootstrapped from its last value. (SUB 7)"""
+    """λ-returns of one trajectory, bootstrapped from its last value. (SUB 2)"""
 
     def back(R_next, inputs):
         r, gamma, v_next = inputs
-        R = r + gamma * ((1 - lambda_) * v_next + lambda_ * R_next)  # (SUB 7)
+        R = r + gamma * ((1 - lambda_) * v_next + lambda_ * R_next)  # (SUB 2)
         return R, R
 
     inputs = (reward[:-1], discount[:-1], value[1:])
     return jax.lax.scan(back, value[-1], inputs, reverse=True)[1]
-
-
-def subgoal_reward(
-    goal: Float[Array, " H"], state: Float[Array, " H"]
-) -> Float[Array, ""]:
-    """Agreement of direction and length, in [0, 1]; 1 iff goal = state. (SUB 4)"""
-    longest = jnp.maximum(goal @ goal, state @ state)
-    return jnp.maximum(0, goal @ state / jnp.maximum(longest, 1e-8))  # (SUB 4)
-
-
-class Standardiser(eqx.Module):
-    """Running mean and spread per dimension, the first batch's to begin with."""
-
-    mean: Float[Array, " H"]
-    var: Float[Array, " H"]
-    started: Bool[Array, ""]
-    enabled: bool = eqx.field(static=True)
-
-    def __init__(self, features: int, enabled: bool = True):
-        self.mean, self.var = jnp.zeros(features), jnp.ones(features)
-        self.started = jnp.array(False)
-        self.enabled = enabled
-
-    def __call__(self, h: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-        """S of raw h; plain symlog(h) if not `enabled`. (SUB 1)"""
-        if not self.enabled:
-            return symlog(h)
-        return (symlog(h) - self.mean) / jnp.sqrt(self.var + 1e-6)  # (SUB 1)
-
-    def inverse(self, S: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-        """symlog(h) of a standardised S."""
-        return S * jnp.sqrt(self.var + 1e-6) + self.mean if self.enabled else S
-
-    def update(self, h: Float[Array, "M H"], decay: float) -> "Standardiser":
-        """The same after another batch of h."""
-        decay = jnp.where(self.started, decay, 0.0)
-        mean = decay * self.mean + (1 - decay) * symlog(h).mean(0)
-        var = decay * self.var + (1 - decay) * symlog(h).var(0)
-        new = (mean, var, jnp.array(True))
-        return eqx.tree_at(lambda s: (s.mean, s.var, s.started), self, new)
-
-
-class Autoencoder(eqx.Module):
-    """Standardised features ↔ a code of Sg categoricals of Kg classes. (SUB 2)"""
-
-    encoder: MLP
-    decoder: MLP
-    code_shape: tuple[int, int] = eqx.field(static=True)
-
-    def __init__(
-        self,
-        features: int,
-        code_shape: tuple[int, int],
-        *,
-        encoder_width: int,
-        decoder_width: int,
-        layers: int,
-        key: PRNGKeyArray,
-    ):
-        encoder_key, decoder_key = jax.random.split(key)
-        code = code_shape[0] * code_shape[1]
-        gelu = jax.nn.gelu
-        self.encoder = MLP(
-            features, encoder_width, layers, code, activation=gelu, key=encoder_key
-        )
-        self.decoder = MLP(
-            code, decoder_width, layers, features, activation=gelu, key=decoder_key
-        )
-        self.code_shape = code_shape
-
-    def logits(self, S: Float[Array, " H"]) -> Float[Array, "Sg Kg"]:
-        return self.encoder(S).reshape(self.code_shape)
-
-    def encode(self, S: Float[Array, " H"]) -> Float[Array, "Sg Kg"]:
-        """The likeliest code of a state."""
-        return mode_onehot(self.logits(S))  # (SUB 2)
-
-    def decode(self, code: Float[Array, "Sg Kg"]) -> Float[Array, " H"]:
-        """The state that a code stands for."""
-        return self.decoder(code.reshape(-1))  # (SUB 2)
-
-    def novelty(self, S: Float[Array, " H"]) -> Float[Array, ""]:
-        """How badly a state is reproduced: what has not been seen often. (SUB 5)"""
-        return jnp.mean((S - self.decode(self.encode(S))) ** 2)  # (SUB 5)
-
-
-def autoencoder_loss(
-    autoencoder: Autoencoder, S: Float[Array, "M H"], *, kl_scale: float, key
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Reconstruction plus code cost, and the health of the code. (SUB 3)
-
-    A code is dead when its KL per row is near 0, whatever its perplexity says.
-    """
-    sample_key, random_key = jax.random.split(key)
-    Sg, Kg = autoencoder.code_shape
-    logits = jax.vmap(autoencoder.logits)(S)
-    S_hat = jax.vmap(autoencoder.decode)(sample_onehot(logits, sample_key))
-    p = unimix_probs(logits)
-    kl_rows = jnp.sum(p * (jnp.log(p) + jnp.log(Kg)), -1)
-    error = jnp.mean((S - S_hat) ** 2)
-    loss = error + kl_scale * kl_rows.mean()  # (SUB 3)
-
-    decode = jax.vmap(autoencoder.decode)
-    random = jax.random.randint(random_key, (S.shape[0], Sg), 0, Kg)
-    own = jax.vmap(subgoal_reward)(decode(mode_onehot(logits)), S)
-    other = jax.vmap(subgoal_reward)(decode(jax.nn.one_hot(random, Kg)), S)
-    metrics = {
-        "loss_autoencoder": loss,
-        "code_kl_per_row": kl_rows.mean(),
-        "code_explained_variance": 1 - error / jnp.var(S, 0).mean(),
-        "code_reward_own": own.mean(),
-        "code_reward_random": other.mean(),
-    }
-    return loss, metrics
 
 
 class Subactor(eqx.Module):
@@ -220,7 +102,7 @@ class Subactor(eqx.Module):
     def policy_input(
         self, latent: Latent, goal: Float[Array, "Sg Kg"] | None
     ) -> tuple[Float[Array, " I"], Float[Array, ""], Float[Array, ""]]:
-        """What actor and critics see, and r̂, ĉ, which are part of it. (SUB 6)"""
+        """What actor and critics see, and r̂, ĉ, which are part of it. (SUB 1)"""
         reward, cont, surprise = self.world_model.heads.outlook(latent)
         parts = [latent.feat, symlog(jnp.stack([reward, cont, surprise]))]
         if goal is not None:
@@ -233,7 +115,7 @@ class Subactor(eqx.Module):
     def act(
         self, latent: Latent, goal: Int[Array, " Sg"] | None, *, key: PRNGKeyArray
     ) -> UInt8[Array, " G"]:
-        """Classes of a sampled action, given the classes of the goal. (SUB 6)"""
+        """Classes of a sampled action, given the classes of the goal. (SUB 1)"""
         if goal is not None:
             goal = jax.nn.one_hot(goal, self.goal_shape[1])
         inputs, _, _ = self.policy_input(latent, goal)
@@ -259,7 +141,7 @@ def imagine(
     *,
     key: PRNGKeyArray,
 ) -> Rollout:
-    """`horizon` states from each start, goal held. Not differentiable. (SUB 6)"""
+    """`horizon` states from each start, goal held. Not differentiable. (SUB 1)"""
     model = subactor.world_model.discretise()
     M = start.h.shape[0]
 
@@ -267,7 +149,7 @@ def imagine(
         latent, inputs = latent_inputs
         action_key, model_key = jax.random.split(key)
         logits = jax.vmap(subactor.action_logits)(inputs)
-        action = sample_onehot(logits, action_key)  # (SUB 6)
+        action = sample_onehot(logits, action_key)  # (SUB 1)
         keys = jax.random.split(model_key, M)
         latent = jax.vmap(lambda c, a, k: model.imagine(c, a, key=k))(
             latent.carry, action, keys
@@ -361,8 +243,7 @@ class Trainer(eqx.Module):
             world_model_adam=self._world_model_adam.init(subactor.world_model),
             actor_adam=self._actor_critic_adam.init(subactor.actor),
             critics_adam=self._actor_critic_adam.init(subactor.critics),
-            autoencoder_adam=autoencoder
-            and self._autoencoder_adam.init(autoencoder),
+            autoencoder_adam=autoencoder and self._autoencoder_adam.init(autoencoder),
             updates=jnp.array(0, jnp.int32),
         )
 
@@ -489,17 +370,17 @@ class Trainer(eqx.Module):
             returns = self._returns(reward, value, discount)
             scale = self._return_scale(learner, returns)
             advantage = (returns - value[:, :-1]) / jnp.maximum(1, scale)[:, None, None]
-            advantage = self._weights(subactor)[:, None, None] * advantage  # (SUB 8)
+            advantage = self._weights(subactor)[:, None, None] * advantage  # (SUB 3)
             action_logits = jax.vmap(jax.vmap(actor))(rollout.inputs[:-1])
             action_logits = action_logits.reshape(rollout.action.shape)
             H_pi = entropy(action_logits)
             ln_pi = log_prob(action_logits, rollout.action)
             objective = ln_pi * advantage.sum(0) + self.entropy_scale * H_pi
-            actor_loss = -(weight * objective).mean()  # (SUB 9)
+            actor_loss = -(weight * objective).mean()  # (SUB 4)
             target = sg(twohot_mean(critic_logits(slow, rollout.inputs[:-1])))
             logits = logits[:, :-1]
             fit = twohot_log_prob(logits, returns) + twohot_log_prob(logits, target)
-            critic_loss = -(weight * fit).mean((1, 2))  # (SUB 10)
+            critic_loss = -(weight * fit).mean((1, 2))  # (SUB 5)
             metrics = {"loss_actor": actor_loss, "entropy_actor": H_pi.mean()}
             for r, name in enumerate(subactor.rewards):
                 metrics[f"loss_critic_{name}"] = critic_loss[r]

@@ -15,6 +15,7 @@ import time
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -34,12 +35,12 @@ from run import Diverged, Run, UsageError, evaluate
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
 DEAD_CODE_NATS = 0.05
-MAY_CHANGE = {"resume", "eval_episodes", "checkpoint_every", "run_dir"}
+MAY_CHANGE = {"eval_episodes", "checkpoint_every"}
 
 
 def parse(argv: list[str]) -> Config:
     """The settings that a command line asks for. Raises UsageError."""
-    named = dict(zip(argv, argv[1:], strict=False))
+    named = dict(pairwise(argv))
     named |= dict(a.split("=", 1) for a in argv if a.startswith("--") and "=" in a)
     if "--resume" in named:
         folder = Path(named["--resume"])
@@ -47,15 +48,18 @@ def parse(argv: list[str]) -> Config:
         config = ask_tyro(argv, saved)
         changed = differences(saved, config)
         if forbidden := [line for name, line in changed if name not in MAY_CHANGE]:
+            allowed = ", ".join(sorted(MAY_CHANGE))
             raise UsageError(
                 f"--resume {folder} has another configuration: {'; '.join(forbidden)}; "
-                f"only {', '.join(sorted(MAY_CHANGE - {'resume', 'run_dir'}))} may differ"
+                f"leave these flags out (only {allowed} may differ)"
             )
         return config
     preset = named.get("--preset") or default_preset(named.get("--game", Config.game))
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
     config = ask_tyro(argv, PRESETS[preset])
+    canonical = {name.lower(): name for name in atari.GAMES}
+    config = replace(config, game=canonical.get(config.game.lower(), config.game))
     check(config)
     return config
 
@@ -130,10 +134,14 @@ def check(config: Config) -> None:
                 value = getattr(value, part)
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value} is not possible: give {wanted}")
-    positive = [("model." + f.name, getattr(config.model, f.name)) for f in fields(config.model)]
+    positive = [
+        ("model." + f.name, getattr(config.model, f.name)) for f in fields(config.model)
+    ]
     for name, value in positive:
         values = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, int) and not isinstance(v, bool) and v < 1 for v in values):
+        if any(
+            isinstance(v, int) and not isinstance(v, bool) and v < 1 for v in values
+        ):
             raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if len(config.model.channels) != len(config.model.strides):
         raise UsageError("--model.channels and --model.strides differ in length")
@@ -201,7 +209,9 @@ def open_run(config: Config) -> Run:
         except checkpoint.CheckpointError as error:
             print(f"train.py: {error}; trying the one before", file=sys.stderr)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    print(f"train.py: {folder} has no usable checkpoint, starting over", file=sys.stderr)
+    print(
+        f"train.py: {folder} has no usable checkpoint, starting over", file=sys.stderr
+    )
     return run
 
 
@@ -231,7 +241,9 @@ def train(run: Run, stop: Stop) -> bool:
                 dead = name.endswith("code_kl_per_row") and value < DEAD_CODE_NATS
                 if dead and run.step > config.steps // 10 and name not in warned:
                     warned.add(name)
-                    bar.write(f"WARNING: {name} {value:.3g}: this goal code says nothing")
+                    bar.write(
+                        f"WARNING: {name} {value:.3g}: this goal code says nothing"
+                    )
         if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             save(run, bar)
     if stop.asked:
@@ -246,7 +258,9 @@ def save(run: Run, bar: tqdm) -> None:
     try:
         run.save()
     except OSError as error:
-        bar.write(f"WARNING: no checkpoint at step {run.step}: {error}; training goes on")
+        bar.write(
+            f"WARNING: no checkpoint at step {run.step}: {error}; training goes on"
+        )
 
 
 def finish(run: Run) -> dict:
@@ -265,7 +279,8 @@ def finish(run: Run) -> dict:
     if low is not None and high is not None and eval_score is not None:
         hns = (eval_score - low) / (high - low)
     parameters = [
-        sum(x.size for x in jax.tree.leaves(subactor)) for subactor in run.agent.subactors
+        sum(x.size for x in jax.tree.leaves(subactor))
+        for subactor in run.agent.subactors
     ]
     result = {
         "game": config.game,
@@ -293,7 +308,7 @@ def describe(config: Config, run: Run) -> None:
     """One line: which preset, why, and what the published one would take here."""
     device = jax.devices()[0]
     text = f"preset {config.preset} on {device.device_kind}"
-    if config.preset != "atari100k":
+    if config.preset == "cpu":
         seconds, work = run.measure_update()
         days = FULL_FLOPS * PRESETS["atari100k"].steps * seconds / work / 86_400
         text += (
