@@ -13,11 +13,11 @@ class EnvConfig:
     """What the agent sees."""
 
     size: int = 64
-    """Height and width of a frame in pixels (official: size)."""
+    """Height and width of a frame in pixels (official: env.atari.size)."""
     gray: bool = False
-    """One luminance channel instead of RGB (official: grayscale)."""
+    """One luminance channel instead of RGB (official: env.atari.gray)."""
     noops: int = 30
-    """Upper bound, exclusive, of random no-op frames at reset (official: noops)."""
+    """Upper bound, exclusive, of random no-op frames at reset (official: env.atari.noops)."""
     delay: int = 10
     """D, blank steps between cue and choice; only for --game recall."""
 
@@ -31,14 +31,14 @@ class ModelConfig:
     z_classes: int = 32
     """K, classes of each categorical (official: dyn_discrete)."""
     features: int = 256
-    """H, width of the S5 stack, of m and of h (official: dyn_deter, dyn_hidden)."""
+    """H, width of the S5 stack, of m and of h (official: s5.model_dim, dyn_deter)."""
     layers: int = 8
-    """N, S5 layers; the official 4 double blocks (official: s5.n_layers)."""
+    """N, S5 layers; the official 4 double blocks (official: s5.num_blocks, with s5.double_arch)."""
     states: int = 64
-    """P, complex states per layer, one of each conjugate pair (official: s5.ssm_size
+    """P, complex states per layer, one of each conjugate pair (official: s5.state_dim
     = 2P)."""
     blocks: int = 4
-    """HiPPO blocks that share out the states (official: s5.n_blocks)."""
+    """HiPPO blocks that share out the states (official: s5.init_blocks)."""
     h_source: Literal["both", "states", "output"] = "both"
     """What h is read from: S5 states, the stack's output or both (Δ10)."""
     scaled: bool = True
@@ -46,9 +46,10 @@ class ModelConfig:
     width: int = 256
     """Hidden width of latent heads, actor and critics (official: units)."""
     head_layers: int = 2
-    """Hidden layers of reward, continue, actor and critics (official: *_layers)."""
+    """Hidden layers of reward, continue, actor and critics (official: reward_layers,
+    cont_layers, actor_layers, value_layers)."""
     channels: tuple[int, ...] = (24, 48, 96, 192)
-    """Channels of the image encoder, mirrored by the decoder (official: cnn_depth).
+    """Channels of the image encoder, mirrored by the decoder (official: encoder.cnn_depth).
     Empty: the picture goes through an MLP, for worlds of a few pixels."""
     strides: tuple[int, ...] = (2, 2, 2, 2)
     """Stride of each image layer."""
@@ -56,15 +57,15 @@ class ModelConfig:
     """Kernels of twice the stride (official); otherwise patches side by side."""
     vector_width: int = 512
     """Width of the 2-layer coders of windows and of small pictures (official:
-    mlp_units)."""
+    encoder.mlp_layers; mlp_units is 1024 there)."""
     code_categoricals: int = 8
-    """Sg, categoricals of a subgoal code (official: subgoal.shape)."""
+    """Sg, categoricals of a subgoal code (official: subgoal_shape)."""
     code_classes: int = 8
-    """Kg, classes of each (official: subgoal.shape)."""
+    """Kg, classes of each (official: subgoal_shape)."""
     code_encoder_width: int = 64
-    """Hidden width of the subgoal encoder (official: subgoal.encoder.units)."""
+    """Hidden width of the subgoal encoder (official: subgoal_compression)."""
     code_decoder_width: int = 256
-    """Hidden width of the subgoal decoder (official: subgoal.decoder.units)."""
+    """Hidden width of the subgoal decoder (official: subgoal_compression)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TrainerConfig:
     horizon: int = 16
     """H_imag, imagined states, start included (official: imag_horizon)."""
     imagination_starts: int = 1024
-    """M, start states per update, at most B·T (official: all)."""
+    """M, start states per update, at most B·T (official: all of them)."""
     discount: float = 0.997
     """γ (official: discount)."""
     lambda_: float = 0.95
@@ -88,22 +89,23 @@ class TrainerConfig:
     normalise_returns: bool = True
     """Divide advantages by the 5-95 % range of returns (Δ15)."""
     reward_weights: tuple[float, float, float] = (1.0, 0.3, 0.1)
-    """w of extrinsic, subgoal and novelty reward (official: *_reward_weight). Novelty
+    """w of extrinsic, subgoal and novelty reward (official:
+    extrinsic_reward_weight and so on). Novelty
     has weight 0 at level 0, where it is only logged."""
     free_nats: float = 1.0
     """Floor of both KL terms, in nats (official: kl_free)."""
     code_kl_scale: float = 0.5
-    """Weight of KL[code ‖ uniform] (official: subgoal.kl_scale)."""
+    """Weight of KL[code ‖ uniform] (official: subgoal_compression.kl_scale)."""
     standardise: bool = True
     """Goals live in standardised symlog(h); plain symlog(h) kills the code (Δ23)."""
     world_model_lr: float = 1e-4
     """Adam rate of the world model (official: model_lr)."""
     world_model_warmup: int = 1000
-    """Updates over which that rate rises from 0 (official: warmup)."""
+    """Updates over which that rate rises from 0 (official: warmup_steps)."""
     actor_critic_lr: float = 3e-5
-    """Adam rate of actor and critics (official: actor.lr, critic.lr)."""
+    """Adam rate of actor and critics (official: actor_lr, value_lr)."""
     autoencoder_lr: float = 1e-4
-    """Adam rate of the subgoal autoencoder (official: subgoal.lr)."""
+    """Adam rate of the subgoal autoencoder (official: subgoal_compression.lr)."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Config:
     """Named settings; other flags change them. Default: atari100k where JAX finds an
     accelerator, otherwise cpu."""
     seed: int = 0
-    """Seeds environment, networks, replay and policy (official: none has an effect,
-    Δ4)."""
+    """Seeds environment, networks, replay and policy (official: seed,
+    without effect, Δ4)."""
     steps: int = 100_000
     """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
     eval_episodes: int = 100
@@ -128,7 +130,7 @@ class Config:
     world_model: Literal["s5", "rssm"] = "s5"
     """Sequence model: S5, or a GRU as in DreamerV3 (official: dynamics_model)."""
     sampler: Literal["etbs", "uniform", "balanced"] = "etbs"
-    """Which replay windows are trained on (official: replay.sampler)."""
+    """Which replay windows are trained on (official: replay)."""
     carry: Literal["stored", "zero"] = "stored"
     """State a window starts from: that of the step before, or none (Δ21)."""
     run_dir: str | None = None
@@ -138,13 +140,13 @@ class Config:
     period: int = 4
     """k, steps a goal is held (official: subactor_update_every)."""
     tau: float = 0.3
-    """τ, how far ETBS moves from uniform, in [0, 1] (official: temperature)."""
+    """τ, how far ETBS moves from uniform, in [0, 1] (official: replay_temperature)."""
     batch: int = 16
     """B, windows per update (official: batch_size)."""
     length: int = 64
     """T, steps per window (official: batch_length)."""
     updates_per_step: float = 1.0
-    """Updates of a level per step of its own (official: train_ratio / (B T))."""
+    """Updates of a level per step of its own (official: train_ratio, 1024 = B T)."""
     capacity: int = 1_000_000
     """Entries a level's replay keeps, at most (official: replay_size)."""
     log_every: int = 500

@@ -11,8 +11,8 @@ It interpolates *indices*, not densities. The formula p_ETBS of the paper's slid
 not a distribution, and inverting their CDF worsens the imbalance.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.3; Robine et al., "Transformer-
-based World Models", 2023 (count-balanced). Official: replay.py, samplers. Differs from
-the official code in: Δ20 m is the current size, Δ21 carries are stored.
+based World Models", 2023 (count-balanced). Official: embodied/replay/selectors.py.
+Differs from the official code in: Δ20 m is the current size, Δ21 carries are stored.
 
 Axes: B batch, T time, C capacity. Position is age: 0 is the oldest entry.
 """

@@ -14,8 +14,8 @@
 convolutions of XLA, and above all their gradients, are slow on a CPU.
 
 Hafner et al., "Mastering Diverse Domains through World Models", 2023.
-Official: networks.py, tools.py. Differs from the official code in: Δ11 z windows
-are scored by cross-entropy.
+Official: hieros/networks.py, hieros/tools.py.
+Differs from the official code in: Δ11 z windows are scored by cross-entropy.
 
 Axes: S categoricals × K classes of z, k steps of a window, H features.
 """

@@ -7,7 +7,7 @@ Same heads, losses and training as S5WM. The posterior depends on h_t, so a sequ
 is observed one step after the other: what S5WM avoids.
 
 Hafner et al., "Mastering Diverse Domains through World Models", 2023.
-Official: networks.py, class RSSM.
+Official: hieros/networks.py, class RSSM.
 
 Axes: T time, S categoricals × K classes of z, G × A action code, H features.
 The carry's x is (1, H): one layer, whose state is h.

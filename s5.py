@@ -13,7 +13,8 @@ gives slow modes, which are the memory, the same size as fast ones. Resets multi
 the decay, so (S5 5) stays the ordinary operator of a linear recurrence.
 
 Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence
-Modeling", ICLR 2023; Gu et al., "HiPPO", NeurIPS 2020. Official: resettable_s5.py.
+Modeling", ICLR 2023; Gu et al., "HiPPO", NeurIPS 2020. Official:
+resettable_s5/s5_model.py.
 Differs from the official code in: Δ5 conjugate pairs, Δ6 Re Λ < 0, Δ7 scale of C̃,
 Δ8 final LayerNorm, Δ9 no dropout, Δ22 state scale.
 

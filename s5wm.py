@@ -11,9 +11,9 @@
 
 r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.1. Official: s5wm.py,
-world_model.py. Differs from the official code in: Δ1 alignment of actions, Δ8,
-Δ10 features, Δ11 z windows; tested: Δ2 the last reward counts.
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.1. Official: hieros/
+networks.py; hieros/models.py, class WorldModel. Differs from the official code in:
+Δ1 alignment of actions, Δ2 the last reward counts, Δ10 features, Δ11 z windows.
 
 Axes: B batch, T time, S categoricals × K classes of z, G × A groups × classes of an
 action, N layers, P states, H features of h, F = S·K + H. h is not the axis H.

@@ -255,7 +255,7 @@ def draw_intervals(axes: Axes, rows: dict[str, Any], xlabel: str) -> None:
         point, low, high = 100 * estimated
         colour = "grey" if math.isnan(low) else COLOURS[y % len(COLOURS)]
         axes.plot([low, high], [y, y], c=colour, alpha=0.4, lw=9, solid_capstyle="butt")
-        axes.plot(point, y, "|", color=colour, ms=14, mew=2.5)
+        axes.plot(point, y, "|", color=colour, ms=11, mew=2.5)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
@@ -288,11 +288,11 @@ def draw(part: dict[str, Any], out: Path, label: str) -> None:
         draw_curves(axes, rows, "steps", "curve")
         axes.set(ylabel="IQM of training HNS (%)")
     if wins:
-        axes = figures["improvement"].add_subplot(xlim=(0, 100))
+        axes = figures["improvement"].add_subplot(xlim=(-2, 102))
         draw_intervals(axes, wins, "P(a run of X scores above one of Y) (%)")
         axes.axvline(50, color="black", ls=":")
     for name, figure in figures.items():
-        figure.suptitle(f"{len(part['games'])} games; HNS: 0 random, 100 % human")
+        figure.suptitle(f"{len(part['games'])} game(s), 95 % interval; human = 100 %")
         figure.savefig(out / f"{name}_{label}.png")
 
 

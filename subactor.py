@@ -9,9 +9,9 @@
 The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
 critic, λ-return and scale. Nothing is differentiated through the world model.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2. Official: subactor.py,
-behavior.py. Differs from the official code in: Δ12 prior entropy, Δ13 goals decoded
-now, Δ15 advantages are normalised.
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2. Official:
+hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
+entropy, Δ13 goals decoded now, Δ15 advantages are normalised.
 
 Axes: R rewards, τ imagined time, M start states, G × A action code, Sg × Kg goal
 code, H features of h. The imagined horizon is `horizon` states, start included.
