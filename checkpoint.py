@@ -26,6 +26,7 @@ MAGIC = b"HIEROS\x00"
 VERSION = 1
 PREAMBLE = len(MAGIC) + 1 + 8 + 32
 MAX_HEADER = 1 << 26
+ZLIB_MAX_RATIO = 1100
 DTYPES = frozenset(
     "bool int8 uint8 int32 uint32 int64 float16 float32 float64 complex64".split()
 )
@@ -144,7 +145,9 @@ def read(path: Path, sha256: str | None = None) -> tuple[dict[str, np.ndarray], 
 
 
 def unpack(packed: bytes, limit: int) -> bytes:
-    """zlib, never more than one byte above `limit`."""
+    """zlib, never more than one byte above `limit`. Raises CheckpointError."""
+    if limit > ZLIB_MAX_RATIO * len(packed):
+        raise CheckpointError("packed data is too short for its shape")
     try:
         return zlib.decompressobj().decompress(packed, limit + 1)
     except zlib.error as error:

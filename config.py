@@ -4,21 +4,42 @@ Frozen dataclasses that `train.py` turns into a command line; presets by name. W
 the paper compares is one flag each: levels, world model, sampler, carry.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both included."""
+
+    low: float | int
+    high: float | int = math.inf
+
+    def __str__(self) -> str:
+        upto = "" if self.high == math.inf else f" to {self.high:g}"
+        return f"from {self.low:g}{upto}" if upto else f"{self.low:g} or more"
+
+
+Count = Annotated[int, Between(1)]
+Natural = Annotated[int, Between(0)]
+Rate = Annotated[float, Between(0, 1e6)]
+Fraction = Annotated[float, Between(0, 1)]
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """What the agent sees."""
 
-    size: int = 64
+    size: Annotated[int, Between(8)] = 64
     """Height and width of a frame in pixels (official: env.atari.size)."""
     gray: bool = False
     """One luminance channel instead of RGB (official: env.atari.gray)."""
-    noops: int = 30
-    """Upper bound, exclusive, of random no-op frames at reset (official: env.atari.noops)."""
-    delay: int = 10
+    noops: Natural = 30
+    """Upper bound, exclusive, of random no-op frames at reset (official:
+    env.atari.noops)."""
+    delay: Count = 10
     """D, blank steps between cue and choice; only for --game recall."""
 
 
@@ -26,45 +47,45 @@ class EnvConfig:
 class ModelConfig:
     """Sizes of every level's networks."""
 
-    z_categoricals: int = 32
+    z_categoricals: Count = 32
     """S, categoricals of the latent z (official: dyn_stoch)."""
-    z_classes: int = 32
+    z_classes: Annotated[int, Between(2, 256)] = 32
     """K, classes of each categorical (official: dyn_discrete)."""
-    features: int = 256
+    features: Count = 256
     """H, width of the S5 stack, of m and of h (official: s5.model_dim, dyn_deter)."""
-    layers: int = 8
-    """N, S5 layers; the official 4 double blocks (official: s5.num_blocks, with s5.double_arch)."""
-    states: int = 64
+    layers: Count = 8
+    """N, S5 layers; 4 double blocks there (official: s5.num_blocks, s5.double_arch)."""
+    states: Count = 64
     """P, complex states per layer, one of each conjugate pair (official: s5.state_dim
     = 2P)."""
-    blocks: int = 4
+    blocks: Count = 4
     """HiPPO blocks that share out the states (official: s5.init_blocks)."""
     h_source: Literal["both", "states", "output"] = "both"
     """What h is read from: S5 states, the stack's output or both (Δ10)."""
     scaled: bool = True
     """Scale S5 states by Δ^(-1/2), so that slow modes are heard (Δ22)."""
-    width: int = 256
+    width: Count = 256
     """Hidden width of latent heads, actor and critics (official: units)."""
-    head_layers: int = 2
+    head_layers: Count = 2
     """Hidden layers of reward, continue, actor and critics (official: reward_layers,
     cont_layers, actor_layers, value_layers)."""
-    channels: tuple[int, ...] = (24, 48, 96, 192)
-    """Channels of the image encoder, mirrored by the decoder (official: encoder.cnn_depth).
-    Empty: the picture goes through an MLP, for worlds of a few pixels."""
-    strides: tuple[int, ...] = (2, 2, 2, 2)
+    channels: tuple[Count, ...] = (24, 48, 96, 192)
+    """Channels of the image encoder, mirrored by the decoder (official:
+    encoder.cnn_depth). Empty: the picture goes through an MLP, for small worlds."""
+    strides: tuple[Count, ...] = (2, 2, 2, 2)
     """Stride of each image layer."""
     overlap: bool = True
     """Kernels of twice the stride (official); otherwise patches side by side."""
-    vector_width: int = 512
+    vector_width: Count = 512
     """Width of the 2-layer coders of windows and of small pictures (official:
     encoder.mlp_layers; mlp_units is 1024 there)."""
-    code_categoricals: int = 8
+    code_categoricals: Count = 8
     """Sg, categoricals of a subgoal code (official: subgoal_shape)."""
-    code_classes: int = 8
+    code_classes: Annotated[int, Between(2, 256)] = 8
     """Kg, classes of each (official: subgoal_shape)."""
-    code_encoder_width: int = 64
+    code_encoder_width: Count = 64
     """Hidden width of the subgoal encoder (official: subgoal_compression)."""
-    code_decoder_width: int = 256
+    code_decoder_width: Count = 256
     """Hidden width of the subgoal decoder (official: subgoal_compression)."""
 
 
@@ -72,39 +93,39 @@ class ModelConfig:
 class TrainerConfig:
     """How every level learns."""
 
-    horizon: int = 16
+    horizon: Annotated[int, Between(2)] = 16
     """H_imag, imagined states, start included (official: imag_horizon)."""
-    imagination_starts: int = 1024
+    imagination_starts: Count = 1024
     """M, start states per update, at most B·T (official: all of them)."""
-    discount: float = 0.997
+    discount: Fraction = 0.997
     """γ (official: discount)."""
-    lambda_: float = 0.95
+    lambda_: Fraction = 0.95
     """λ of the returns (official: discount_lambda)."""
-    entropy_scale: float = 3e-4
+    entropy_scale: Rate = 3e-4
     """η, weight of the actor's entropy (official: actor_entropy)."""
-    slow_rate: float = 0.02
+    slow_rate: Fraction = 0.02
     """Rate at which the slow critics follow (official: slow_target_fraction)."""
-    running_decay: float = 0.99
+    running_decay: Fraction = 0.99
     """Decay of return scales and of the standardisation of h."""
     normalise_returns: bool = True
     """Divide advantages by the 5-95 % range of returns (Δ15)."""
-    reward_weights: tuple[float, float, float] = (1.0, 0.3, 0.1)
+    reward_weights: tuple[Rate, Rate, Rate] = (1.0, 0.3, 0.1)
     """w of extrinsic, subgoal and novelty reward (official:
     extrinsic_reward_weight and so on). Novelty
     has weight 0 at level 0, where it is only logged."""
-    free_nats: float = 1.0
+    free_nats: Rate = 1.0
     """Floor of both KL terms, in nats (official: kl_free)."""
-    code_kl_scale: float = 0.5
+    code_kl_scale: Rate = 0.5
     """Weight of KL[code ‖ uniform] (official: subgoal_compression.kl_scale)."""
     standardise: bool = True
     """Goals live in standardised symlog(h); plain symlog(h) kills the code (Δ23)."""
-    world_model_lr: float = 1e-4
+    world_model_lr: Rate = 1e-4
     """Adam rate of the world model (official: model_lr)."""
-    world_model_warmup: int = 1000
+    world_model_warmup: Natural = 1000
     """Updates over which that rate rises from 0 (official: warmup_steps)."""
-    actor_critic_lr: float = 3e-5
+    actor_critic_lr: Rate = 3e-5
     """Adam rate of actor and critics (official: actor_lr, value_lr)."""
-    autoencoder_lr: float = 1e-4
+    autoencoder_lr: Rate = 1e-4
     """Adam rate of the subgoal autoencoder (official: subgoal_compression.lr)."""
 
 
@@ -118,14 +139,14 @@ class Config:
     preset: Literal["atari100k", "cpu", "minatar", "probe", "tiny"] = "atari100k"
     """Named settings; other flags change them. Default: atari100k where JAX finds an
     accelerator, otherwise cpu."""
-    seed: int = 0
+    seed: Natural = 0
     """Seeds environment, networks, replay and policy (official: seed,
     without effect, Δ4)."""
-    steps: int = 100_000
+    steps: Count = 100_000
     """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
-    eval_episodes: int = 100
+    eval_episodes: Natural = 100
     """Episodes after training, policy sampled (official: eval_eps)."""
-    levels: int = 3
+    levels: Annotated[int, Between(1, 4)] = 3
     """Levels of the tower; 1 is the flat agent (official: max_hierarchy)."""
     world_model: Literal["s5", "rssm"] = "s5"
     """Sequence model: S5, or a GRU as in DreamerV3 (official: dynamics_model)."""
@@ -137,21 +158,21 @@ class Config:
     """Folder of the run. Default: runs/GAME-PRESET-SEED."""
     resume: str | None = None
     """Run folder to continue; its settings are used."""
-    period: int = 4
+    period: Annotated[int, Between(2)] = 4
     """k, steps a goal is held (official: subactor_update_every)."""
-    tau: float = 0.3
+    tau: Fraction = 0.3
     """τ, how far ETBS moves from uniform, in [0, 1] (official: replay_temperature)."""
-    batch: int = 16
+    batch: Count = 16
     """B, windows per update (official: batch_size)."""
-    length: int = 64
+    length: Annotated[int, Between(2)] = 64
     """T, steps per window (official: batch_length)."""
-    updates_per_step: float = 1.0
+    updates_per_step: Rate = 1.0
     """Updates of a level per step of its own (official: train_ratio, 1024 = B T)."""
-    capacity: int = 1_000_000
+    capacity: Count = 1_000_000
     """Entries a level's replay keeps, at most (official: replay_size)."""
-    log_every: int = 500
+    log_every: Count = 500
     """Agent steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: Count = 10_000
     """Agent steps between checkpoints."""
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -268,3 +289,27 @@ TINY = replace(
 )
 
 PRESETS = {p.preset: p for p in (ATARI100K, CPU, MINATAR, PROBE, TINY)}
+
+
+def out_of_bounds(config, prefix: str = "--") -> Iterator[str]:
+    """A phrase for every number outside its bounds, naming flag and remedy."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in fields(config):
+        value, flag = getattr(config, f.name), prefix + f.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from out_of_bounds(value, f"{flag}.")
+            continue
+        hint = hints[f.name]
+        values = value if isinstance(value, tuple) else (value,)
+        for bounds in find_bounds(hint):
+            if not all(bounds.low <= v <= bounds.high for v in values):
+                shown = " ".join(map(str, values))
+                yield f"{flag} {shown} is not possible: give {bounds}"
+
+
+def find_bounds(hint) -> set[Between]:
+    """The bounds in a type, or in the types of a tuple's entries."""
+    found = {m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Between)}
+    for inner in getattr(hint, "__args__", ()):
+        found |= find_bounds(inner)
+    return found

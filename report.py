@@ -2,15 +2,13 @@
 
     python report.py RUN_DIR    draws RUN_DIR/pictures of a finished or stopped run
 
-Of the goal that level i is given, decoded down to pixels, with k* the replayed state
-that comes closest to it, [·; ·] the input of a decoder, and of an imagined future:
-
     G = AE_i.decode(goal),  k* = argmax_k r_g(G, S_k)               (REP 1)
-    [z_k*; symexp(S^-1(G))] → decode_i → last of the window → … → decode_0  (REP 2)
-    e_t = mean (o_t - ô_t)²,  copying: mean (o_t - o_c)²            (REP 3)
+    [z_k*; symexp(S⁻¹(G))] → decode_i, last of the window → … → decode_0  (REP 2)
+    e_t = mean (o_t - ô_t)²,  of copying: mean (o_t - o_c)²         (REP 3)
 
-ô_t follows from the frames up to o_c, the last frame of the context, and from the true
-actions, z ~ prior. Pixels are in [0, 1]; predictions are clipped to it.
+The goal of level i is decoded with the z of the replayed state k* that is closest to
+it. ô_t is imagined from the frames up to o_c, the last of the context, and the true
+actions, z ~ prior. Pictures are in [0, 1]; predictions are clipped to that.
 
 Axes: W windows, T their steps, F the imagined ones, n states, M moments, H features
 of h, S categoricals × K classes of z, h w c of a picture.
@@ -22,8 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import fill
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,15 +43,13 @@ from subactor import Learner, subgoal_reward
 
 CONTEXT, IMAGINED, WINDOWS = 8, 24, 64
 STATES, MOMENTS = 512, 6
-KEY = 0
 GREY = "#666666"
-# Okabe and Ito's palette, made to be told apart by everybody.
+# Okabe and Ito's palette: colours that everybody can tell apart.
 LEVEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 CHANNEL_COLOURS = np.array(
     [(0, 158, 115), (240, 228, 66), (213, 94, 0), (86, 180, 233), (204, 121, 167)]
     + [(230, 159, 0), (0, 114, 178), (255, 255, 255), (153, 153, 153), (130, 80, 40)]
 )
-REWARD_STYLES = {"extrinsic": "-", "subgoal": "--", "novelty": ":"}
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -65,12 +61,12 @@ STYLE = {
     "savefig.dpi": 120,
     "figure.constrained_layout.use": True,
 }
-Series = tuple[np.ndarray, np.ndarray]
+Pictures = Float[np.ndarray, "*B h w c"]
 
 
 def read_lines(folder: Path) -> list[dict]:
-    """metrics.jsonl; a last line that was cut short is left out."""
-    lines, path = [], folder / "metrics.jsonl"
+    """metrics.jsonl as far as it can be read: a crash may have cut the last line."""
+    path, lines = folder / "metrics.jsonl", []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
@@ -79,131 +75,10 @@ def read_lines(folder: Path) -> list[dict]:
     return lines
 
 
-def series(lines: list[dict], name: str) -> Series:
+def series(lines: list[dict], name: str) -> Float[np.ndarray, "n 2"]:
     """Agent steps and values of one metric."""
     pairs = [(line["step"], line[name]) for line in lines if name in line]
-    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(steps), np.array(values)
-
-
-def acting_ages(
-    is_first: Bool[np.ndarray, " n"], ended: bool, stride: int
-) -> Int[np.ndarray, " m"]:
-    """Ages of the level-0 entries at which a level acted; `ended` is the last one's.
-
-    Entries before the first known start are left out: their clock is unknown.
-    """
-    age = np.arange(len(is_first))
-    start = np.maximum.accumulate(np.where(is_first, age, -1))
-    is_last = np.append(is_first[1:], ended)
-    return age[((age - start) % stride == 0) & (start >= 0) | is_last & (start >= 0)]
-
-
-def window_starts(
-    is_first: Bool[np.ndarray, " n"], length: int
-) -> Int[np.ndarray, " m"]:
-    """Ages at which windows begin that lie in one episode."""
-    episode = np.cumsum(is_first)
-    return np.flatnonzero(episode[length - 1 :] == episode[: len(episode) - length + 1])
-
-
-def typical_length(is_first: Bool[np.ndarray, " n"]) -> int:
-    """Length of the episode that the median entry belongs to."""
-    episode = np.cumsum(is_first)
-    return int(np.median(np.bincount(episode)[episode]))
-
-
-def pixels(predicted: Float[Array, "*B h w c"]) -> Float[Array, "*B h w c"]:
-    """A decoder's output on the scale of pictures."""
-    return jnp.clip(predicted + 0.5, 0, 1)
-
-
-def squared_error(
-    truth: Float[np.ndarray, "W T h w c"], guess: Float[np.ndarray, "W #T h w c"]
-) -> Float[np.ndarray, "W T"]:
-    """Mean over a picture's values; a guess of one step stands for all. (REP 3)"""
-    return ((truth - guess) ** 2).mean((2, 3, 4))  # (REP 3)
-
-
-def predict(
-    model: WorldModel,
-    steps: Transition,
-    carry: Carry,
-    key: PRNGKeyArray,
-    *,
-    context: int,
-    actions: int,
-) -> tuple[Float[Array, "T h w c"], Float[Array, "F h w c"]]:
-    """A window's frames as decoded from its own latents, and as imagined. (REP 3)"""
-    observe_key, imagine_key = jax.random.split(key)
-    latent, _ = model.observe(steps, carry, key=observe_key)
-    ready = model.discretise()
-
-    def imagine(carry, action_key):
-        latent = ready.imagine(carry, action_key[0], key=action_key[1])
-        return latent.carry, latent.feat
-
-    taken = jax.nn.one_hot(steps.action[context:], actions)
-    keys = jax.random.split(imagine_key, taken.shape[0])
-    last = jax.tree.map(lambda x: x[context - 1], latent.carry)
-    _, feat = jax.lax.scan(imagine, last, (taken, keys))
-    decode = jax.vmap(model.heads.decoder)
-    return pixels(decode(latent.feat)), pixels(decode(feat))
-
-
-@partial(jax.jit, static_argnames=("context", "actions"))
-def predict_all(
-    model: WorldModel, steps: Transition, carries: Carry, *, context: int, actions: int
-) -> tuple[Float[Array, "W T h w c"], Float[Array, "W F h w c"]]:
-    """`predict` for many windows, few at a time to save memory."""
-    keys = jax.random.split(jax.random.key(KEY), steps.reward.shape[0])
-    one = lambda x: predict(model, *x, context=context, actions=actions)
-    return jax.lax.map(one, (steps, carries, keys), batch_size=8)
-
-
-class OpenLoop(eqx.Module):
-    """Windows of play: as it was, as the latents of each frame decode, as imagined."""
-
-    truth: Float[np.ndarray, "W T h w c"]
-    seen: Float[np.ndarray, "W T h w c"]
-    imagined: Float[np.ndarray, "W F h w c"]
-
-    @property
-    def context(self) -> int:
-        return self.truth.shape[1] - self.imagined.shape[1]
-
-    @property
-    def model(self) -> Float[np.ndarray, "W T h w c"]:
-        """The context from its own latents, then imagination."""
-        return np.concatenate([self.seen[:, : self.context], self.imagined], 1)
-
-    def errors(self) -> dict[str, Float[np.ndarray, "W T"]]:
-        """Of the model, of copying the last context frame, of seeing each frame."""
-        copy = self.truth[:, self.context - 1 : self.context]
-        guesses = {"model": self.model, "copy": copy, "seen": self.seen}
-        return {k: squared_error(self.truth, x) for k, x in guesses.items()}
-
-
-def open_loop(run: Run) -> OpenLoop | None:
-    """Newest windows of level 0's replay that lie in one episode; None without any."""
-    replay, subactor = run.agent.replays[0], run.agent.subactors[0]
-    is_first = first_flags(run)
-    if len(is_first) == 0:
-        return None
-    length = min(CONTEXT + IMAGINED, typical_length(is_first))
-    context = max(1, length * CONTEXT // (CONTEXT + IMAGINED))
-    starts = window_starts(is_first, length) if length > context else np.array([], int)
-    if len(starts) == 0:
-        return None
-    starts = starts[::-1][:: max(1, context)][:WINDOWS]
-    rows = replay.rows(jnp.asarray(starts[:, None] + np.arange(length)))
-    steps, before = replay.windows(rows, run.config.carry)
-    model = subactor.world_model
-    carries = load_carry(before, model.z_shape[1])
-    seen, imagined = predict_all(
-        model, steps, carries, context=context, actions=subactor.action_shape[1]
-    )
-    return OpenLoop(np.asarray(steps.obs) / 255.0, np.asarray(seen), np.asarray(imagined))
+    return np.array(pairs, float).reshape(-1, 2)
 
 
 def first_flags(run: Run) -> Bool[np.ndarray, " n"]:
@@ -212,251 +87,578 @@ def first_flags(run: Run) -> Bool[np.ndarray, " n"]:
     return np.asarray(replay.steps.is_first[replay.rows(jnp.arange(replay.size))])
 
 
-def nearest(
-    goal: Float[Array, " H"], S: Float[Array, "n H"]
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """The state that is closest to a goal by the subgoal reward, and that reward."""
-    agreement = jax.vmap(subgoal_reward, (None, 0))(goal, S)
-    return jnp.argmax(agreement), jnp.max(agreement)  # (REP 1)
+def frames(run: Run, ages: Int[np.ndarray, "*B"]) -> Pictures:
+    """What the game showed at entries of level 0's replay."""
+    replay = run.agent.replays[0]
+    return np.asarray(replay.steps.obs[replay.rows(jnp.asarray(ages))]) / 255.0
+
+
+def window_starts(
+    is_first: Bool[np.ndarray, " n"], length: int
+) -> Int[np.ndarray, " m"]:
+    """Ages at which windows begin that lie within one episode."""
+    episode = np.cumsum(is_first)
+    return np.flatnonzero(episode[length - 1 :] == episode[: len(episode) - length + 1])
+
+
+def acting_ages(
+    is_first: Bool[np.ndarray, " n"], ended: bool, stride: int
+) -> Int[np.ndarray, " m"]:
+    """Ages of the level-0 entries at which a level acted; did the newest end a game?
+
+    Entries before the first known start are left out: their clock is unknown.
+    """
+    age = np.arange(len(is_first))
+    start = np.maximum.accumulate(np.where(is_first, age, -1))
+    acts = ((age - start) % stride == 0) | np.append(is_first[1:], ended)
+    return age[acts & (start >= 0)]
+
+
+def predict(
+    model: WorldModel,
+    steps: Transition,
+    carry: Carry,
+    key: PRNGKeyArray,
+    context: int,
+    actions: int,
+) -> tuple[Latent, Latent]:
+    """Latents of a window's T steps, and of those after the context as imagined."""
+    observe_key, imagine_key = jax.random.split(key)
+    latent, _ = model.observe(steps, carry, key=observe_key)
+    ready = model.discretise()
+
+    def imagine(carry, action_key):
+        latent = ready.imagine(carry, action_key[0], key=action_key[1])
+        return latent.carry, latent
+
+    taken = jax.nn.one_hot(steps.action[context:], actions)
+    keys = jax.random.split(imagine_key, taken.shape[0])
+    last = jax.tree.map(lambda x: x[context - 1], latent.carry)
+    return latent, jax.lax.scan(imagine, last, (taken, keys))[1]
+
+
+@partial(jax.jit, static_argnames=("context", "actions"))
+def predict_all(
+    model: WorldModel, steps: Transition, carries: Carry, *, context: int, actions: int
+) -> tuple[Latent, Latent]:
+    """`predict` for W windows, a few at a time to save memory."""
+    keys = jax.random.split(jax.random.key(0), steps.reward.shape[0])
+    one = lambda window: predict(model, *window, context, actions)
+    return jax.lax.map(one, (steps, carries, keys), batch_size=8)
+
+
+def replayed(
+    run: Run, level: int, ages: Int[np.ndarray, "W T"], context: int
+) -> tuple[Latent, Latent]:
+    """`predict_all` for windows of a level's replay, carried in as in training."""
+    replay, subactor = run.agent.replays[level], run.agent.subactors[level]
+    steps, before = replay.windows(replay.rows(jnp.asarray(ages)), run.config.carry)
+    model, actions = subactor.world_model, subactor.action_shape[1]
+    carries = load_carry(before, model.z_shape[1])
+    return predict_all(model, steps, carries, context=context, actions=actions)
 
 
 def decode_down(
     decoders: tuple[Callable, ...], z: Float[Array, "S K"], h: Float[Array, " H"]
 ) -> Float[Array, "h w c"]:
-    """Pixels of a latent of the last decoder's level; decoders lowest first."""
+    """The picture of a latent of the last decoder's level; level 0 comes first."""
     for decoder in reversed(decoders[1:]):
         logits, window = decoder(jnp.concatenate([z.reshape(-1), h]))
         z, h = mode_onehot(logits[-1]), symexp(window[-1])
-    return pixels(decoders[0](jnp.concatenate([z.reshape(-1), h])))  # (REP 2)
+    predicted = decoders[0](jnp.concatenate([z.reshape(-1), h]))  # (REP 2)
+    return jnp.clip(predicted + 0.5, 0, 1)
 
 
 @jax.jit
-def observe_all(model: WorldModel, steps: Transition, carries: Carry) -> Latent:
-    """Latents of many windows, one after the other in a row."""
-    keys = jax.random.split(jax.random.key(KEY), steps.reward.shape[0])
-    one = lambda x: model.observe(x[0], x[1], key=x[2])[0]
-    latent = jax.lax.map(one, (steps, carries, keys), batch_size=8)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latent)
+def decode_all(
+    decoders: tuple[Callable, ...],
+    z: Float[Array, "*B S K"],
+    h: Float[Array, "*B H"],
+) -> Float[Array, "*B h w c"]:
+    """`decode_down` for many latents, some at a time to save memory."""
+    flat = (z.reshape(-1, *z.shape[-2:]), h.reshape(-1, h.shape[-1]))
+    pictures = jax.lax.map(lambda x: decode_down(decoders, *x), flat, batch_size=64)
+    return pictures.reshape(*h.shape[:-1], *pictures.shape[1:])
 
 
-def recent_latents(run: Run, level: int, entries: int) -> Latent:
-    """Of a level's newest entries: at most `entries`, a multiple of the window."""
-    replay = run.agent.replays[level]
-    length = min(run.config.length, entries)
-    ages = replay.size - entries // length * length + np.arange(entries)
-    ages = ages[: entries // length * length].reshape(-1, length)
-    steps, before = replay.windows(replay.rows(ages), run.config.carry)
-    model = run.agent.subactors[level].world_model
-    return observe_all(model, steps, load_carry(before, model.z_shape[1]))
+class OpenLoop(NamedTuple):
+    """Windows of play, W × T pictures each.
 
-
-class Aims(eqx.Module):
-    """The goals of a level at M moments.
-
-    `now` and `best` are r_g of the state at that moment and of the closest one, whose
-    index is `closest`; `own` is its latent decoded, `goal` the same with G for its h.
+    `model`: up to `context` decoded from each frame's own latent, then imagined;
+    `seen`: decoded from each frame's own latent all along.
     """
 
+    truth: Pictures
+    model: Pictures
+    seen: Pictures
+    context: int
+
+    def errors(self) -> dict[str, Float[np.ndarray, "W T"]]:
+        """Mean squared error of every picture, by what is shown for it. (REP 3)"""
+        guesses = {
+            "imagined, not seeing the frame": self.model,
+            "reconstructed, seeing the frame": self.seen,
+            "copy of the last context frame": self.truth[:, [self.context - 1]],
+        }
+        return {k: ((self.truth - x) ** 2).mean((2, 3, 4)) for k, x in guesses.items()}
+
+
+def open_loop(run: Run) -> OpenLoop | None:
+    """Newest windows of level 0's replay, each within an episode; None without any.
+
+    Where episodes are short, so are windows: as long as the median entry's episode.
+    """
+    is_first = first_flags(run)
+    if len(is_first) < 2:
+        return None
+    episode = np.cumsum(is_first)
+    typical = np.median(np.bincount(episode)[episode])
+    length = max(2, min(CONTEXT + IMAGINED, int(typical)))
+    context = max(1, length * CONTEXT // (CONTEXT + IMAGINED))
+    starts = window_starts(is_first, length)[::-context][:WINDOWS]
+    if len(starts) == 0:
+        return None
+    ages = starts[:, None] + np.arange(length)
+    decoders = (run.agent.subactors[0].world_model.heads.decoder,)
+    latents = replayed(run, 0, ages, context)
+    seen, imagined = (np.asarray(decode_all(decoders, x.z, x.h)) for x in latents)
+    model = np.concatenate([seen[:, :context], imagined], 1)
+    return OpenLoop(frames(run, ages), model, seen, context)
+
+
+def nearest(
+    goal: Float[Array, " H"], S: Float[Array, "n H"]
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The state that agrees best with a goal, and their subgoal reward. (REP 1)"""
+    agreement = jax.vmap(subgoal_reward, (None, 0))(goal, S)
+    return jnp.argmax(agreement), jnp.max(agreement)  # (REP 1)
+
+
+class Aim(NamedTuple):
+    """Goals of one level at M moments.
+
+    `now` and `best` are r_g of the state at the moment and of the closest state;
+    `frame` is what the game showed then, `own` that state decoded, `goal` the goal.
+    """
+
+    level: int
     now: Float[Array, " M"]
     best: Float[Array, " M"]
-    closest: Int[Array, " M"]
-    own: Float[Array, "M h w c"]
-    goal: Float[Array, "M h w c"]
+    frame: Pictures
+    own: Pictures
+    goal: Pictures
 
 
-@jax.jit
-def aims(
-    learner: Learner,
-    decoders: tuple[Callable, ...],
+def aim(
+    run: Run,
+    level: int,
     latent: Latent,
-    codes: Int[Array, "M Sg"],
-    at: Int[Array, " M"],
-) -> Aims:
-    """`at` are the indices of the moments among the latents. (REP 1) (REP 2)"""
+    due: Int[np.ndarray, " m"],
+    moments: Int[np.ndarray, " M"],
+) -> Aim:
+    """The goals given to a level, whose newest latents these are. (REP 1) (REP 2)
+
+    `due` are the ages in level 0's replay of all entries of the level's own.
+    """
+    learner, replay = run.agent.learners[level], run.agent.replays[level]
     autoencoder = learner.subactor.autoencoder
+    back = np.searchsorted(due, moments) - len(due)
+    goals = replay.steps.goal[replay.rows(replay.size + jnp.asarray(back))]
+    G = jax.vmap(autoencoder.decode)(jax.nn.one_hot(goals, autoencoder.code_shape[1]))
     S = learner.standardiser(latent.h)
-    code = jax.nn.one_hot(codes, autoencoder.code_shape[1])
-    G = jax.vmap(autoencoder.decode)(code)
-    closest, best = jax.vmap(nearest, (0, None))(G, S)  # (REP 1)
-    decode = jax.vmap(partial(decode_down, decoders))
-    return Aims(
-        now=jax.vmap(subgoal_reward)(G, S[at]),
+    k, best = jax.vmap(nearest, (0, None))(G, S)  # (REP 1)
+    h_goal = symexp(learner.standardiser.inverse(G))
+    below = run.agent.subactors[: level + 1]
+    decoders = tuple(s.world_model.heads.decoder for s in below)
+    return Aim(
+        level=level,
+        now=jax.vmap(subgoal_reward)(G, S[back]),
         best=best,
-        closest=closest,
-        own=decode(latent.z[closest], latent.h[closest]),
-        goal=decode(latent.z[closest], symexp(learner.standardiser.inverse(G))),
+        frame=frames(run, due[np.asarray(k) - len(S)]),
+        own=np.asarray(decode_all(decoders, latent.z[k], latent.h[k])),
+        goal=np.asarray(decode_all(decoders, latent.z[k], h_goal)),  # (REP 2)
     )
 
 
-class Goals(eqx.Module):
-    """Frames at M moments and, per level that is given goals, frames and aims."""
-
-    now: Float[np.ndarray, "M h w c"]
-    levels: tuple[tuple[int, Float[np.ndarray, "M h w c"], Aims], ...]
-
-
-def goals(run: Run) -> Goals | None:
-    """At recent moments at which the top level set a goal; None where there are none."""
-    agent, config = run.agent, run.config
-    is_first = first_flags(run)
-    ages = range(config.levels)
-    due = [acting_ages(is_first, run.clock == 0, config.period**i) for i in ages]
-    known = [min(STATES, int(agent.replays[i].size), len(due[i])) for i in ages]
-    trained = [i for i in ages[:-1] if run.updates[i] and known[i]]
-    if not trained or min(known) == 0:
-        return None
-    latents = {i: recent_latents(run, i, known[i]) for i in trained}
-    since = max(due[i][-len(x.h)] for i, x in latents.items())
-    final = np.append(is_first[1:], run.clock == 0)
+def aims(run: Run) -> tuple[Pictures, list[Aim]] | None:
+    """Frames at moments when the top level set a goal, and the goals in force then."""
+    config, ended, is_first = run.config, run.clock == 0, first_flags(run)
+    levels = range(config.levels)
+    due = [acting_ages(is_first, ended, config.period**i) for i in levels]
+    latents = {}
+    for i in levels[:-1]:
+        size = int(run.agent.replays[i].size)
+        n = min(STATES, size, len(due[i]))
+        if n == 0 or run.updates[i] == 0:
+            continue
+        T = min(config.length, n)
+        ages = size - n // T * T + np.arange(n // T * T).reshape(-1, T)
+        latent, _ = replayed(run, i, ages, T)
+        latents[i] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latent)
+    since = max([due[i][-len(x.h)] for i, x in latents.items()], default=len(is_first))
+    final = np.append(is_first[1:], ended)
     moments = due[-1][(due[-1] >= since) & ~final[due[-1]]]
-    moments = moments[np.linspace(0, len(moments) - 1, MOMENTS).astype(int)]
-    decoders = tuple(s.world_model.heads.decoder for s in agent.subactors)
-
-    def frames(ages):
-        steps = agent.replays[0].steps
-        return np.asarray(steps.obs[agent.replays[0].rows(jnp.asarray(ages))]) / 255.0
-
-    levels = []
-    for i, latent in latents.items():
-        at = np.searchsorted(due[i], moments) - len(due[i])
-        replay = agent.replays[i]
-        codes = replay.steps.goal[replay.rows(replay.size + jnp.asarray(at))]
-        found = aims(agent.learners[i], decoders[: i + 1], latent, codes, len(latent.h) + at)
-        levels.append((i, frames(due[i][np.asarray(found.closest) - len(latent.h)]), found))
-    return Goals(frames(moments), tuple(levels))
-
-
-def to_rgb(picture: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 3"]:
-    """Grey and colour pictures as they are; other channels mix colours of their own."""
-    channels = picture.shape[-1]
-    if channels in (1, 3):
-        return np.broadcast_to(picture, (*picture.shape[:2], 3))
-    colours = np.resize(CHANNEL_COLOURS, (channels, 3)) / 255
-    return picture @ colours / np.maximum(1, picture.sum(-1, keepdims=True))
-
-
-def imshow(axes: Axes, picture: Float[np.ndarray, "h w c"], title: str = "") -> None:
-    """Every pixel a square, no axes."""
-    axes.imshow(to_rgb(picture), vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_title(title, fontsize=8, loc="center", pad=3)
-
-
-def error_picture(a, b) -> Float[np.ndarray, "h w 1"]:
-    """The largest absolute difference over the channels."""
-    return np.abs(a - b).max(-1, keepdims=True)
-
-
-def caption(figure: Figure, text: str) -> None:
-    """What is shown, under the figure."""
-    width = int(figure.get_size_inches()[0] * 15)
-    figure.supxlabel(fill(text, width), x=0.01, ha="left", fontsize=8, color=GREY)
-
-
-def line(axes: Axes, data: Series, level: int, style: str = "-", label=None) -> None:
-    """One curve in the colour of its level; few points are marked."""
-    marker = "." if len(data[0]) < 30 else None
-    axes.plot(*data, style, color=LEVEL_COLOURS[level], marker=marker, label=label)
-
-
-def level_legend(figure: Figure, levels: int, styles: dict[str, str]) -> None:
-    """Colours of the levels and meanings of the line styles, above all panels."""
-    colours = LEVEL_COLOURS[:levels]
-    handles = [Line2D([], [], color=c, label=f"level {i}") for i, c in enumerate(colours)]
-    handles += [
-        Line2D([], [], color=GREY, linestyle=s, label=name) for name, s in styles.items()
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
-
-
-def references(run: Run) -> dict[str, float]:
-    """Known scores of the game: random and human, or random and best for a probe."""
-    game = run.config.game
-    if game in probes.PROBES:
-        return dict(zip(("random", "best"), probes.scores(run.env.rules), strict=True))
-    scores = atari.scores().get(game, {})
-    return {k: scores[k] for k in ("random", "human") if scores.get(k) is not None}
-
-
-def learning_curve(run: Run, lines: list[dict]) -> Figure | None:
-    """Return of every episode, their running mean, the evaluation."""
-    steps, returns = series(lines, "episode_return")
-    if len(steps) == 0:
+    if len(moments) == 0:
         return None
-    config = run.config
-    figure = Figure(figsize=(8, 4))
-    axes = figure.subplots()
-    axes.plot(steps, returns, ".", color="#56B4E9", markersize=4, label="one episode")
-    window = int(np.clip(len(returns) // 20, 5, 100))
-    if len(returns) >= window:
-        means = np.convolve(returns, np.ones(window) / window, "valid")
-        label = f"mean of {window} episodes"
-        axes.plot(steps[window - 1 :], means, color=LEVEL_COLOURS[0], label=label)
-    path = run.folder / "result.json"
-    scores = json.loads(path.read_text())["eval_returns"] if path.exists() else []
-    if scores:
-        label = f"evaluation, {len(scores)} episodes: {np.mean(scores):.3g}"
-        axes.plot(run.step, np.mean(scores), "D", color="#D55E00", label=label)
-    seen = np.append(returns, scores)
-    reach = max(np.ptp(seen), 1)
-    far = []
-    for name, value in references(run).items():
-        if seen.min() - reach <= value <= seen.max() + reach:
-            axes.axhline(value, color=GREY, linestyle="--", linewidth=0.8)
-            axes.text(1.005, value, f"{name} {value:g}", color=GREY, va="center", transform=axes.get_yaxis_transform())
-        else:
-            far.append(f"{name} {value:g}")
-    axes.set(xlabel="agent steps", ylabel="return", xlim=(0, run.step * 1.02))
-    axes.set_title(f"{config.game}: return of every training episode")
-    axes.legend()
-    text = f"Preset {config.preset}, {config.levels} levels, seed {config.seed}."
-    if far:
-        text += f" Outside the picture: {', '.join(far)}."
-    caption(figure, text)
+    moments = moments[np.linspace(0, len(moments) - 1, MOMENTS).astype(int)]
+    found = [aim(run, i, x, due[i], moments) for i, x in latents.items()]
+    return frames(run, moments), found
+
+
+class Panel(NamedTuple):
+    """One plot: metrics with the style of their lines, for some levels."""
+
+    title: str
+    metrics: dict[str, str]
+    levels: tuple[int, ...]
+    scale: str = "linear"
+    limits: tuple[float, float] | None = None
+    mark: tuple[float, str] | None = None
+
+
+def plot(axes: Axes, panel: Panel, lines: list[dict]) -> bool:
+    """Whether there was anything to plot."""
+    found = False
+    for level in panel.levels:
+        for name, style in panel.metrics.items():
+            data = series(lines, f"level{level}/{name}")
+            marker = "." if len(data) < 30 else None
+            axes.plot(*data.T, style, color=LEVEL_COLOURS[level], marker=marker)
+            found = found or len(data) > 0
+    axes.set(title=panel.title, yscale=panel.scale if found else "linear")
+    if not found:
+        axes.text(0.5, 0.5, "none", color=GREY, ha="center", transform=axes.transAxes)
+    elif panel.limits:
+        axes.set_ylim(*panel.limits)
+    if found and panel.mark:
+        reference(axes, *panel.mark)
+    return found
+
+
+def reference(axes: Axes, value: float, label: str) -> None:
+    """A level line and its name, right of the plot."""
+    axes.axhline(value, color=GREY, linestyle=(0, (1, 1)), linewidth=1)
+    where = axes.get_yaxis_transform()
+    axes.text(1.01, value, label, color=GREY, fontsize=8, va="center", transform=where)
+
+
+def caption(figure: Figure, title: str, text: str) -> None:
+    """What it is, above; what is shown, below."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    text = fill(text, int(figure.get_size_inches()[0] * 17))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)
+
+
+def curves(
+    lines: list[dict],
+    grid: list[list[Panel]],
+    styles: dict[str, str],
+    words: tuple[str, str],
+    *,
+    sharey: str = "none",
+    height: float = 2.3,
+) -> Figure | None:
+    """Metrics over agent steps; None where there are none. `words` is the caption."""
+    figure = Figure(figsize=(9, 1.2 + height * len(grid)))
+    shape = (len(grid), len(grid[0]))
+    axes = figure.subplots(*shape, sharex=True, sharey=sharey, squeeze=False)
+    panels = [panel for row in grid for panel in row]
+    if not any([plot(a, p, lines) for a, p in zip(axes.flat, panels, strict=True)]):
+        return None
+    for last in axes[-1]:
+        last.set_xlabel("agent steps")
+    levels = sorted({i for p in panels for i in p.levels})
+    keys = [Line2D([], [], color=LEVEL_COLOURS[i], label=f"level {i}") for i in levels]
+    keys += [Line2D([], [], color=GREY, ls=s, label=name) for name, s in styles.items()]
+    figure.legend(handles=keys, loc="outside upper right", ncols=len(keys))
+    caption(figure, *words)
     return figure
 
 
 def rewards(run: Run, lines: list[dict]) -> Figure | None:
-    """The partial rewards of every level, replayed and imagined."""
-    names = [n for n in REWARD_STYLES if any(len(series(lines, f"level{i}/real_{n}")[0]) for i in range(run.config.levels))]
-    if not names:
+    """The partial rewards of every level, on replayed and on imagined states."""
+    columns = ("extrinsic", "subgoal", "novelty")[: 3 if run.config.levels > 1 else 1]
+    styles = lambda name: {f"real_{name}": "-", f"imagined_{name}": ":"}
+    grid = [
+        [Panel(f"level {i}: {name}", styles(name), (i,)) for name in columns]
+        for i in range(run.config.levels)
+    ]
+    words = (
+        f"{run.config.game}: partial rewards per state",
+        "Means over training batches, unweighted; one scale per column. Extrinsic: of an "
+        "upper level per agent step. The top level is given no subgoal; at level 0 novelty "
+        "is only watched.",
+    )
+    styles = {"replayed": "-", "imagined": ":"}
+    return curves(lines, grid, styles, words, sharey="col", height=1.6)
+
+
+def losses(run: Run, lines: list[dict]) -> Figure | None:
+    """What the world model of every level is trained on."""
+    log = partial(Panel, levels=tuple(range(run.config.levels)), scale="log")
+    free = (run.config.trainer.free_nats, "free\nnats")
+    grid = [
+        [log("observation", {"loss_observation": "-"})]
+        + [log("reward, two-hot (nats)", {"loss_reward": "-"})],
+        [log("continue (nats)", {"loss_cont": "-"})]
+        + [log("KL[posterior ‖ prior] (nats)", {"kl": "-"}, mark=free)],
+    ]
+    words = (
+        f"{run.config.game}: losses of the world models",
+        "Means over training batches. Observation: at level 0 squared error with the weight "
+        "of 64×64×3 values; above, cross-entropy of z plus squared error of h of a window.",
+    )
+    return curves(lines, grid, {}, words)
+
+
+def health(run: Run, lines: list[dict]) -> Figure | None:
+    """Signs that actors, critics and goal codes are alive."""
+    lines = [dict(x) for x in lines]
+    for i, subactor in enumerate(run.agent.subactors):
+        groups, classes = subactor.action_shape
+        for x in lines:
+            if (entropy := x.get(f"level{i}/entropy_actor")) is not None:
+                x[f"level{i}/entropy_share"] = entropy / (groups * np.log(classes))
+    p = partial(Panel, levels=tuple(range(run.config.levels)))
+    kinds = {"extrinsic": "-", "subgoal": "--", "novelty": ":"}
+    named = lambda prefix: {f"{prefix}_{kind}": s for kind, s in kinds.items()}
+    codes = {"code_reward_own": "-", "code_reward_random": "--"}
+    variance, dead = {"code_explained_variance": "-"}, (0.05, "dead")
+    grid = [
+        [
+            p("actor's entropy / chance's", {"entropy_share": "-"}, limits=(0, 1.05)),
+            p("return scale", named("return_scale"), "log", mark=(1, "floor")),
+            p("|weighted advantage|", named("advantage"), "log"),
+        ],
+        [
+            p("code: KL per row (nats)", {"code_kl_per_row": "-"}, mark=dead),
+            p("code: explained variance", variance, limits=(-0.5, 1)),
+            p("code: r_g, own (-) and random (--)", codes, limits=(0, 1)),
+        ],
+    ]
+    words = (
+        f"{run.config.game}: health of actors, critics and goal codes",
+        "Means over training batches. Advantages are divided by max(floor, return scale) "
+        "and weighted. A code with a KL per row under 0.05 nats says nothing: then a "
+        "random goal earns as much r_g as the state's own. Explained variance is cut "
+        "at -0.5.",
+    )
+    return curves(lines, grid, kinds, words)
+
+
+def references(run: Run) -> dict[str, float]:
+    """Known scores of the game: random and human, or random and best of a probe."""
+    game = run.config.game
+    if game in probes.PROBES:
+        return dict(zip(("random", "best"), probes.scores(run.env.rules), strict=True))
+    scores = atari.scores().get(game, {})
+    known = {name: scores.get(name) for name in ("random", "human")}
+    return {name: x for name, x in known.items() if x is not None}
+
+
+def learning_curve(run: Run, lines: list[dict]) -> Figure | None:
+    """Return of every episode, running mean, evaluation; None without an episode."""
+    data = series(lines, "episode_return")
+    if len(data) == 0:
         return None
-    levels = run.config.levels
-    figure = Figure(figsize=(9, 1 + 1.6 * levels))
-    grid = figure.subplots(levels, len(names), sharex=True, sharey="col", squeeze=False)
-    for i in range(levels):
-        for axes, name in zip(grid[i], names, strict=True):
-            for kind, style in (("real", "-"), ("imagined", ":")):
-                line(axes, series(lines, f"level{i}/{kind}_{name}"), i, style)
-            if i == 0:
-                axes.set_title(f"{name} reward per step")
-            if not axes.lines[0].get_xdata().size:
-                axes.text(0.5, 0.5, "none", color=GREY, ha="center", transform=axes.transAxes)
-        grid[i, 0].set_ylabel(f"level {i}")
-    for axes in grid[-1]:
-        axes.set_xlabel("agent steps")
-    level_legend(figure, levels, {"replayed": "-", "imagined": ":"})
-    figure.suptitle(f"{run.config.game}: partial rewards of every level", x=0.01, ha="left")
-    caption(figure, "Means over training batches, each column on one scale. Extrinsic reward of an upper level: mean per agent step of its window. The top level is given no goal; novelty is only logged at level 0.")
+    figure = Figure(figsize=(8, 4))
+    axes, returns = figure.subplots(), data[:, 1]
+    axes.plot(*data.T, ".", color="#56B4E9", markersize=4, label="one episode")
+    n = int(np.clip(len(returns) // 20, 5, 100))
+    if len(returns) > n:
+        means = np.convolve(returns, np.ones(n) / n, "valid")
+        axes.plot(data[n - 1 :, 0], means, color="#0072B2", label=f"mean of {n}")
+    path = run.folder / "result.json"
+    scores = json.loads(path.read_text())["eval_returns"] if path.exists() else []
+    if scores:
+        label = f"evaluation: mean of {len(scores)} is {np.mean(scores):.3g}"
+        axes.plot(run.step, np.mean(scores), "D", color="#D55E00", label=label)
+    low, high = min([*returns, *scores]), max([*returns, *scores])
+    reach, text = max(high - low, 1), ""
+    for name, value in references(run).items():
+        if low - reach <= value <= high + reach:
+            reference(axes, value, f"{name}\n{value:.3g}")
+        else:
+            text += f" Outside: {name} {value:g}."
+    axes.set(xlabel="agent steps", ylabel="return (game points)")
+    axes.legend(loc="best")
+    config = run.config
+    text = f"Preset {config.preset}, {config.levels} levels, seed {config.seed}." + text
+    caption(figure, f"{config.game}: return of every training episode", text)
     return figure
 
 
-def world_model_losses(run: Run, lines: list[dict]) -> Figure | None:
-    """Observation, reward, continue and KL of every level."""
-    panels = {
-        "loss_observation": "observation",
-        "loss_reward": "reward: −ln p of the two-hot target (nats)",
-        "loss_cont": "continue: −ln p (nats)",
-        "kl": "KL[posterior ‖ prior] (nats)",
-    }
-    levels = range(run.config.levels)
-    if not len(series(lines, "level0/kl")[0]):
-        return None
+def to_rgb(picture: Pictures) -> Float[np.ndarray, "*B h w 3"]:
+    """Grey and colour as they are; other channels mix colours of their own."""
+    channels = picture.shape[-1]
+    if channels in (1, 3):
+        return np.broadcast_to(picture, (*picture.shape[:-1], 3))
+    colours = np.resize(CHANNEL_COLOURS, (channels, 3)) / 255
+    return picture @ colours / np.maximum(1, picture.sum(-1, keepdims=True))
+
+
+def show(axes: Axes, picture: Float[np.ndarray, "h w c"], row: str = ""):
+    """Square pixels, the whole range from 0 to 1, and a name left of the row."""
+    axes.set(xticks=[], yticks=[])
+    axes.set_ylabel(row, rotation=0, ha="right", va="center")
+    return axes.imshow(to_rgb(picture), interpolation="nearest")
+
+
+def views(play: OpenLoop, window: int) -> dict[str, Pictures]:
+    """Truth, model and the largest difference over the channels, (T, h, w, c)."""
+    truth, model = play.truth[window], play.model[window]
+    error = np.abs(truth - model).max(-1, keepdims=True)
+    return {"truth": truth, "model": model, "|error|": error}
+
+
+def by_error(play: OpenLoop) -> Int[np.ndarray, " W"]:
+    """Windows, best imagined first."""
+    error = (play.truth - play.model)[:, play.context :] ** 2
+    return np.argsort(error.mean((1, 2, 3, 4)))
+
+
+def film_strip(run: Run, play: OpenLoop) -> Figure:
+    """The window of median error, and the errors of all windows."""
+    W, T = play.truth.shape[:2]
+    ahead = np.unique(np.geomspace(1, T - play.context, 9).round().astype(int))
+    past = np.arange(max(0, play.context - 3), play.context)
+    shown = [*past, *(play.context - 1 + ahead)]
     figure = Figure(figsize=(9, 5.6))
-    for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
-        for i in levels:
-            line(axes, series(lines, f"level{i}/{name}"), i)
-        axes.set_title(title)
-        axes.set_yscale("log")
+    grid = figure.add_gridspec(4, len(shown), height_ratios=(1, 1, 1, 2.2))
+    for row, (name, pictures) in enumerate(views(play, by_error(play)[W // 2]).items()):
+        for column, t in enumerate(shown):
+            axes = figure.add_subplot(grid[row, column])
+            show(axes, pictures[t], name if column == 0 else "")
+            if row == 0:
+                ahead = t - play.context + 1
+                text = f"imagined\n+{ahead}" if ahead > 0 else f"context\n{ahead}"
+                axes.set_title(text, fontsize=8, loc="center")
+    axes = figure.add_subplot(grid[3, :])
+    styles = ("-", ":", "--")
+    colours = ("#0072B2", "#56B4E9", GREY)
+    for (name, error), ls, c in zip(play.errors().items(), styles, colours, strict=True):
+        since = 0 if ls == ":" else play.context - (ls == "--")
+        steps = np.arange(T) - play.context + 1
+        axes.plot(steps[since:], error.mean(0)[since:], ls, color=c, label=name)
+    axes.set(xlabel="frames since the last one seen", ylabel="mean squared error")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    words = (
+        f"{run.config.game}: open-loop prediction of level 0",
+        f"Pictures: of {W} windows of {T} steps, the one of median error; pixels and "
+        "errors from 0 (black) to 1. Curves: mean over the windows and pixels. The model "
+        "follows the true actions, z drawn from the prior, once per window. The windows "
+        "are the newest of the replay: most have been trained on.",
+    )
+    caption(figure, *words)
     return figure
+
+
+def write_film(run: Run, play: OpenLoop, path: Path) -> None:
+    """A GIF of three windows, at the quartiles of the error."""
+    W, T = play.truth.shape[:2]
+    chosen = by_error(play)[np.array([W // 4, W // 2, 3 * W // 4])]
+    figure = Figure(figsize=(5, 5.6))
+    grid, images = figure.subplots(3, 3), []
+    for axes, window in zip(grid, chosen, strict=True):
+        for a, (name, pictures) in zip(axes, views(play, window).items(), strict=True):
+            images.append((show(a, pictures[0]), to_rgb(pictures)))
+            a.set_title(name if window == chosen[0] else "", loc="center")
+    writer = PillowWriter(fps=4)
+    with writer.saving(figure, str(path), dpi=80):
+        for t in [*range(T), *[T - 1] * 4]:
+            for image, pictures in images:
+                image.set_data(pictures[t])
+            ahead = t - play.context + 1
+            kind = f"imagined +{ahead}" if ahead > 0 else f"context {ahead}"
+            figure.suptitle(f"{run.config.game}, frame {kind}")
+            writer.grab_frame()
+
+
+def goal_sheet(run: Run, now: Pictures, found: list[Aim]) -> Figure:
+    """Frames, and under them the goals of every level decoded down to pixels."""
+    rows = {"the game": now}
+    text = ""
+    for goal in found:
+        rows[f"level {goal.level} goal:\nclosest state"] = goal.frame
+        rows["that state,\ndecoded" + " " * goal.level] = goal.own
+        rows["the goal,\ndecoded" + " " * goal.level] = goal.goal
+        rms = lambda x: np.sqrt((x**2).mean())
+        text += (
+            f" Level {goal.level}: the goal moves the picture by {rms(goal.goal - goal.own):.3f}"
+            f", another state by {rms(goal.own - np.roll(goal.own, 1, 0)):.3f} (rms)."
+        )
+    figure = Figure(figsize=(9, 1 + len(rows) * 1.2 * now.shape[1] / now.shape[2]))
+    grid = figure.subplots(len(rows), len(now), squeeze=False)
+    for axes, (name, pictures) in zip(grid, rows.items(), strict=True):
+        for m, picture in enumerate(pictures):
+            show(axes[m], picture, name if m == 0 else "")
+    for n, goal in enumerate(found):
+        for m, axes in enumerate(grid[3 * n + 3]):
+            axes.set_xlabel(f"r_g {goal.now[m]:.2f}, {goal.best[m]:.2f}", fontsize=8)
+    caption(figure, f"{run.config.game}: goals in force", "Text." + text)
+    return figure
+
+
+def draw(run: Run) -> list[Path]:
+    """Draws what the run has data for into its folder `pictures`."""
+    folder, lines = run.folder / "pictures", read_lines(run.folder)
+    paths = []
+    with rc_context(STYLE):
+        play, goals = open_loop(run), aims(run)
+        figures = {
+            "learning_curve": learning_curve(run, lines),
+            "rewards": rewards(run, lines),
+            "world_model_losses": losses(run, lines),
+            "health": health(run, lines),
+            "open_loop": film_strip(run, play) if play else None,
+            "goals": goal_sheet(run, *goals) if goals else None,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, figure in figures.items():
+                if figure is not None:
+                    paths.append(folder / f"{name}.png")
+                    figure.savefig(paths[-1])
+            if play:
+                paths.append(folder / "open_loop.gif")
+                write_film(run, play, paths[-1])
+        except OSError as error:
+            print(f"report.py: pictures are missing: {error}", file=sys.stderr)
+    return paths
+
+
+def load(folder: Path) -> Run:
+    """A run from its newest good checkpoint; changes nothing. Raises UsageError."""
+    from train import load_config  # noqa: PLC0415, train imports this module
+
+    config = load_config(folder)
+    # Restoring cuts metrics.jsonl of the run's own folder: here one that is not there.
+    run = Run.start(config, folder / "not-there")
+    for path in checkpoint.checkpoints(folder / "checkpoint"):
+        try:
+            run.restore(path)
+        except checkpoint.CheckpointError as error:
+            print(f"report.py: {error}; trying the one before", file=sys.stderr)
+            continue
+        run.folder = folder
+        return run
+    raise UsageError(f"{folder} has no usable checkpoint")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 done, 2 bad input."""
+    try:
+        if len(argv) != 1:
+            raise UsageError("give one run folder: python report.py RUN_DIR")
+        run = load(Path(argv[0]))
+    except UsageError as error:
+        print(f"report.py: {str(error).removeprefix('--resume ')}", file=sys.stderr)
+        return 2
+    for path in draw(run):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

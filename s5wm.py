@@ -19,7 +19,7 @@ Axes: B batch, T time, S categoricals × K classes of z, G × A groups × classe
 action, N layers, P states, H features of h, F = S·K + H. h is not the axis H.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -90,6 +90,7 @@ class Transition(eqx.Module):
     goal: UInt8[Array, "*T Sg"] | None
 
 
+@runtime_checkable
 class WorldModel(Protocol):
     """What a subactor asks of a world model; S5WM here, RSSM in rssm.py."""
 

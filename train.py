@@ -29,7 +29,7 @@ import checkpoint
 import minatar_env
 import probes
 import report
-from config import PRESETS, Config
+from config import PRESETS, Config, out_of_bounds
 from run import Diverged, Run, UsageError, evaluate
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
@@ -81,8 +81,8 @@ def ask_tyro(argv: list[str], default: Config) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [re.sub(r"[│╭╮╰╯─]", "", line) for line in box.getvalue().split("\n")]
-        lines = [line.strip() for line in lines if line.strip()]
+        text = re.sub(r"[│╭╮╰╯─|+]|-{3,}", "", box.getvalue())
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         hint = " ".join(lines[1:5])
         raise UsageError(f"{hint} (see python train.py --help)") from None
 
@@ -108,43 +108,34 @@ def check(config: Config) -> None:
         raise UsageError(
             f"--game {config.game} is unknown: did you mean {', '.join(near)}?"
         )
-    rules = [
-        (1 <= config.levels <= 4, "levels", "a number from 1 to 4"),
-        (0 <= config.tau <= 1, "tau", "a number from 0 to 1"),
-        (config.seed >= 0, "seed", "0 or more"),
-        (config.steps >= 1, "steps", "1 or more"),
-        (config.eval_episodes >= 0, "eval_episodes", "0 or more"),
-        (config.period >= 2, "period", "2 or more"),
-        (config.batch >= 1, "batch", "1 or more"),
-        (config.length >= 2, "length", "2 or more"),
-        (config.updates_per_step >= 0, "updates_per_step", "0 or more"),
-        (config.log_every >= 1, "log_every", "1 or more"),
-        (config.checkpoint_every >= 1, "checkpoint_every", "1 or more"),
-        (config.length <= config.steps, "length", f"at most --steps {config.steps}"),
-        (config.capacity > config.length, "capacity", "more than --length"),
-        (config.env.size >= 8, "env.size", "8 or more"),
-        (config.env.noops >= 0, "env.noops", "0 or more"),
-        (config.env.delay >= 1, "env.delay", "1 or more"),
-        (config.trainer.horizon >= 2, "trainer.horizon", "2 or more"),
-    ]
-    for holds, name, wanted in rules:
+    for complaint in out_of_bounds(config):
+        raise UsageError(complaint)
+    model = config.model
+    for holds, complaint in (
+        (
+            config.length <= config.steps,
+            f"--length {config.length} is more than --steps {config.steps}",
+        ),
+        (
+            config.length < config.capacity,
+            f"--capacity {config.capacity} is not more than --length {config.length}",
+        ),
+        (
+            len(model.channels) == len(model.strides),
+            "--model.channels and --model.strides differ in length",
+        ),
+        (
+            model.states % model.blocks == 0,
+            f"--model.blocks {model.blocks} does not divide "
+            f"--model.states {model.states}",
+        ),
+        (
+            not model.overlap or all(s % 2 == 0 for s in model.strides),
+            "--model.strides must be even: or give --model.no-overlap",
+        ),
+    ):
         if not holds:
-            value = config
-            for part in name.split("."):
-                value = getattr(value, part)
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {value} is not possible: give {wanted}")
-    positive = [
-        ("model." + f.name, getattr(config.model, f.name)) for f in fields(config.model)
-    ]
-    for name, value in positive:
-        values = value if isinstance(value, tuple) else (value,)
-        if any(
-            isinstance(v, int) and not isinstance(v, bool) and v < 1 for v in values
-        ):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if len(config.model.channels) != len(config.model.strides):
-        raise UsageError("--model.channels and --model.strides differ in length")
+            raise UsageError(complaint)
 
 
 def load_config(folder: Path) -> Config:

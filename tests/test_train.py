@@ -1,0 +1,206 @@
+"""The command line: bad input in one line, and one whole run, killed and resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoint
+import train
+from config import PRESETS, Config
+from run import Run
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--game Pogn", "--game Pogn is unknown: did you mean Pong"),
+        ("--game minatar/brakeout", "minatar/breakout"),
+        ("--preset huge", "--preset huge is unknown: choose atari100k, cpu"),
+        ("--levels 0", "--levels 0 is not possible: give from 1 to 4"),
+        ("--levels 5", "--levels 5"),
+        ("--levels three", "--levels"),
+        ("--tau 1.5", "--tau 1.5 is not possible: give from 0 to 1"),
+        ("--tau nan", "--tau nan"),
+        ("--length 200 --steps 100", "--length 200 is more than --steps 100"),
+        ("--steps 0", "--steps 0"),
+        ("--seed -1", "--seed -1"),
+        ("--batch 0", "--batch 0"),
+        ("--period 1", "--period 1"),
+        ("--updates-per-step -1", "--updates-per-step -1"),
+        ("--updates-per-step nan", "--updates-per-step nan"),
+        ("--eval-episodes -2", "--eval-episodes -2"),
+        ("--capacity 3", "--capacity 3 is not more than --length 4"),
+        ("--log-every 0", "--log-every 0"),
+        ("--env.size 2", "--env.size 2"),
+        ("--model.features 0", "--model.features 0"),
+        ("--model.strides 2 2 2", "--model.channels and --model.strides differ"),
+        ("--model.states 9 --model.blocks 2", "--model.blocks 2"),
+        ("--trainer.horizon 1", "--trainer.horizon 1"),
+        ("--trainer.world-model-lr -1", "--trainer.world-model-lr -1"),
+        ("--trainer.discount 1.5", "--trainer.discount 1.5"),
+        ("--sampler newest", "--sampler"),
+        ("--world-model transformer", "--world-model"),
+        ("--levelz 3", "Perhaps you meant: --levels"),
+        ("--steps", "--steps"),
+        ("--resume nowhere", "--resume nowhere is not a run folder"),
+        ("--game catch --preset cpu", "--model.strides"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, says, capsys, tmp_path):
+    argv = flags.split()
+    if "--preset" not in argv and "--resume" not in argv:
+        argv += ["--preset", "tiny"]
+    assert train.main([*argv, "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_configuration_survives_json(preset, tmp_path):
+    config = replace(PRESETS[preset], seed=3)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    assert train.load_config(tmp_path) == config
+
+
+def test_published_configuration():
+    config = train.parse(["--preset", "atari100k"])
+    assert config == Config()
+    assert (config.levels, config.batch, config.length) == (3, 16, 64)
+    assert (config.env.size, config.env.gray) == (64, False)
+    assert config.updates_per_step == 1
+    assert config.steps == 100_000
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--trainer.discount", "--model.blocks", "--env.delay", "--resume"):
+        assert name in text
+    assert "official: discount_lambda" in text
+
+
+def test_default_preset_follows_game_and_accelerator():
+    assert train.parse(["--game", "catch"]).preset == "probe"
+    assert train.parse(["--game", "minatar/freeway"]).preset == "minatar"
+    assert train.parse(["--game", "pong"]).game == "Pong"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*TINY, "--run-dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [m["step"] for m in metrics] == sorted(m["step"] for m in metrics)
+    names = set().union(*metrics)
+    for level, rewards in enumerate((["extrinsic", "subgoal", "novelty"],) * 2):
+        for reward in rewards:
+            assert {f"level{level}/{k}_{reward}" for k in ("real", "imagined")} <= names
+    assert {"level0/code_kl_per_row", "level0/code_reward_random"} <= names
+    assert {"level1/grad_norm_world_model", "level0/kl"} <= names
+    result = json.loads((whole / "result.json").read_text())
+    assert (result["game"], result["steps"]) == ("Pong", 72)
+    assert result["eval_score"] == np.mean(result["eval_returns"])
+    assert result["hns"] == (result["eval_score"] + 20.7) / (14.6 + 20.7)
+    assert len(result["parameters"]) == 3
+    assert list((whole / "tensorboard").glob("events*"))
+    assert list((whole / "pictures").glob("*.png"))
+
+
+def test_an_existing_folder_is_left_alone(whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train.main([*TINY, "--run-dir", str(whole)]) == 2
+    assert f"continue it with --resume {whole}" in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_settings_names_each(whole, capsys):
+    argv = ["--resume", str(whole), "--tau", "0.5", "--model.layers", "3"]
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "--tau is 0.3, not 0.5" in error
+    assert "--model.layers is 2, not 3" in error
+
+
+def state_of(folder: Path) -> tuple:
+    """Everything that two equal runs share: bytes of metrics, arrays, counters."""
+    arrays, meta = checkpoint.read(checkpoint.checkpoints(folder / "checkpoint")[0])
+    del meta["counts"]["seconds"], meta["config"]
+    segments = sorted((folder / "checkpoint").glob("*.seg"))
+    data = {path.name: path.read_bytes() for path in segments}
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    digest = {k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays.items()}
+    return metrics, data, digest, meta["counts"], meta["pending"]
+
+
+def test_killed_and_resumed_equals_undisturbed(whole, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--run-dir", str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    awaited = folder / "checkpoint" / "step-000000048.ckpt"
+    while not awaited.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder / "metrics.jsonl").open("a").write('{"step": 71, "torn')
+    assert train.main(["--resume", str(folder)]) == 0
+    assert state_of(folder) == state_of(whole)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
+    newest = checkpoint.checkpoints(folder / "checkpoint")[0]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    assert train.main(["--resume", str(folder), "--eval-episodes", "0"]) == 0
+    assert "trying the one before" in capsys.readouterr().err
+    assert state_of(folder) == state_of(whole)
+
+
+def test_interrupt_saves_and_names_the_way_on(tmp_path, capsys):
+    config = train.parse([*TINY, "--run-dir", str(tmp_path / "run")])
+    run = train.open_run(config)
+    stop = train.Stop()
+    stop._ask(signal.SIGINT, None)
+    assert not train.train(run, stop)
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoint")
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+
+
+def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):
+    runs = []
+    for name, seed in (("same", 0), ("other", 1)):
+        config = train.parse([*TINY, "--seed", str(seed)])
+        run = Run.start(config, tmp_path / name)
+        runs.append([run.act() for _ in range(8)])
+    again = Run.start(train.parse(TINY), tmp_path / "again")
+    assert [again.act() for _ in range(8)] == runs[0] != runs[1]
+
+
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = [*TINY, "--run-dir", str(folder), "--trainer.world-model-lr", "1e30"]
+    assert train.main([*argv, "--trainer.world-model-warmup", "0"]) == 3
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "last good checkpoint" in error
