@@ -156,7 +156,7 @@ def make_trainer(config: Config) -> Trainer:
 def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
-    A level's replay holds every step of the run, unless `capacity` is smaller.
+    A level's replay has room for every step of the run, unless `capacity` is less.
     """
     key = jax.random.key(config.seed)
     model_key, run_key = jax.random.split(key)
@@ -176,19 +176,15 @@ def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
             goal = jnp.zeros(subactor.goal_shape[0], jnp.uint8)
         false = jnp.array(False)
         step = Transition(obs, state.action, jnp.zeros(()), false, false, goal)
-        # An episode of n steps leaves n + 1 entries, so a run may need a few more.
+        # An episode of n steps leaves n + 1 entries; very short ones leave more than
+        # a quarter more, and then the oldest are overwritten.
         entries = config.steps // config.period**level * 5 // 4 + config.length
         return Replay(min(config.capacity, entries), step, state.carry)
 
     replays = tuple(replay(level) for level in range(config.levels))
-    agent = Agent(learners, replays, tower, jnp.array(0, jnp.int32), run_key)
     # Donation wants every leaf in a buffer of its own.
-    return jax.tree.map(lambda x: x + 0 if is_number(x) else x, agent)
-
-
-def is_number(x: Array) -> bool:
-    """False for typed keys and flags, which know no addition."""
-    return jnp.issubdtype(x.dtype, jnp.number)
+    learners, tower = jax.tree.map(jnp.copy, (learners, tower))
+    return Agent(learners, replays, tower, jnp.array(0, jnp.int32), run_key)
 
 
 @partial(jax.jit, static_argnames="period", donate_argnames=("tower", "replays"))

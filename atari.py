@@ -22,13 +22,14 @@ Without sticky actions a game has no randomness of its own: chance enters throug
 no-ops alone. Yet episodes are not copies: in some games (Assault, Seaquest) memory
 survives a reset, so an episode depends on those before it.
 
-Axes: H height, W width, C channels (3 RGB, 1 gray), S bytes.
+Axes: H height, W width, C channels (3 RGB, 1 gray), k taps, S bytes.
 """
 
 import csv
 import difflib
 import functools
 import json
+import math
 import operator
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ from typing import Any, SupportsIndex
 import gymnasium
 import numpy as np
 from ale_py import ALEInterface, ALEState, LoggerMode, roms
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int, UInt8
 
 SCORES_CSV = Path(__file__).parent / "data" / "atari100k_scores.csv"
 
@@ -60,13 +61,19 @@ GAMES = tuple(scores())
 
 
 @functools.lru_cache
-def area_weights(n: int, size: int) -> Float32[np.ndarray, "{size} {n}"]:
-    """Weights that average n pixels over `size` equal areas; rows sum to 1 (ENV 1)."""
+def area_taps(
+    n: int, size: int
+) -> tuple[Int[np.ndarray, "k {size}"], Float32[np.ndarray, "k {size}"]]:
+    """Of n pixels, those under each of `size` equal areas, and their weights (ENV 1).
+
+    The weights of an area sum to 1; those that fill up its k entries are 0.
+    """
     edges = np.arange(size + 1) * n / size
-    left, right = edges[:-1, None], edges[1:, None]
-    pixel = np.arange(n)
+    left, right = edges[:-1], edges[1:]
+    pixel = np.floor(left).astype(int) + np.arange(math.ceil(n / size) + 1)[:, None]
     overlap = np.minimum(right, pixel + 1) - np.maximum(left, pixel)
-    return (overlap.clip(0) * size / n).astype(np.float32)  # (ENV 1)
+    weight = size / n * overlap.clip(0)  # (ENV 1)
+    return pixel.clip(max=n - 1), weight.astype(np.float32)
 
 
 def area_resize(
@@ -77,8 +84,13 @@ def area_resize(
     For size > min(H, W) this stays an area average, where OpenCV interpolates.
     """
     H, W, C = image.shape
-    rows = area_weights(H, size) @ image.reshape(H, W * C).astype(np.float32)
-    mean = area_weights(W, size) @ rows.reshape(size, W, C)
+    # Sums over taps, not matrix products: BLAS would split these over threads, which
+    # on a busy machine wait for each other for tens of milliseconds.
+    pixel, weight = area_taps(H, size)
+    rows = np.einsum("ki,kic->ic", weight, image.reshape(H, W * C)[pixel])
+    pixel, weight = area_taps(W, size)
+    columns = rows.reshape(size, W, C).swapaxes(0, 1)[pixel]
+    mean = np.einsum("kj,kjic->ijc", weight, columns)
     return np.rint(mean).astype(np.uint8)  # (ENV 2)
 
 

@@ -293,7 +293,7 @@ def aims(run: Run) -> tuple[Pictures, list[Aim]] | None:
             continue
         T = min(config.length, n)
         ages = size - n // T * T + np.arange(n // T * T).reshape(-1, T)
-        latent, _ = replayed(run, i, ages, T)
+        latent, _ = replayed(run, i, ages, T - 1)
         latents[i] = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latent)
     since = max([due[i][-len(x.h)] for i, x in latents.items()], default=len(is_first))
     final = np.append(is_first[1:], ended)
@@ -427,8 +427,8 @@ def health(run: Run, lines: list[dict]) -> Figure | None:
     grid = [
         [
             p("actor's entropy / chance's", {"entropy_share": "-"}, limits=(0, 1.05)),
-            p("return scale", named("return_scale"), "log", mark=(1, "floor")),
-            p("|weighted advantage|", named("advantage"), "log"),
+            p("return scale", named("return_scale"), scale="log", mark=(1, "floor")),
+            p("|weighted advantage|", named("advantage"), scale="log"),
         ],
         [
             p("code: KL per row (nats)", {"code_kl_per_row": "-"}, mark=dead),

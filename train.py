@@ -83,8 +83,8 @@ def ask_tyro(argv: list[str], default: Config) -> Config:
             raise
         text = re.sub(r"[│╭╮╰╯─|+]|-{3,}", "", box.getvalue())
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        hint = " ".join(lines[1:5])
-        raise UsageError(f"{hint} (see python train.py --help)") from None
+        hint = re.split("Argument helptext|For full helptext", " ".join(lines[1:5]))[0]
+        raise UsageError(f"{hint.strip()} (see python train.py --help)") from None
 
 
 def differences(old, new, prefix: str = "") -> list[tuple[str, str]]:
@@ -318,9 +318,17 @@ def show(result: dict) -> None:
     print(f"{result['game']:>16}" + "".join(f"{text:>13}" for text in texts))
 
 
+def keep_compiled() -> None:
+    """Compiled programs stay on disk, unless JAX was told where: starts in seconds."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(home, "hieros-jax")))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 not finite, 128 + signal when stopped."""
+    """Exit code: 0 done, 2 bad input, 3 not finite, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_compiled()
     try:
         config = parse(argv)
         run = open_run(config)
