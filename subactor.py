@@ -113,7 +113,7 @@ class Subactor(eqx.Module):
         return self.actor(inputs).reshape(self.action_shape)
 
     def act(
-        self, latent: Latent, goal: Int[Array, " Sg"] | None, *, key: PRNGKeyArray
+        self, latent: Latent, goal: UInt8[Array, " Sg"] | None, *, key: PRNGKeyArray
     ) -> UInt8[Array, " G"]:
         """Classes of a sampled action, given the classes of the goal. (SUB 1)"""
         if goal is not None:
@@ -222,15 +222,15 @@ class Trainer(eqx.Module):
 
     @property
     def _world_model_adam(self) -> optax.GradientTransformation:
-        return self._adam(self.world_model_lr, 1e-8, 1000, self.world_model_warmup)
+        return self._adam(self.world_model_lr, 1e-8, 1000.0, self.world_model_warmup)
 
     @property
     def _actor_critic_adam(self) -> optax.GradientTransformation:
-        return self._adam(self.actor_critic_lr, 1e-5, 100)
+        return self._adam(self.actor_critic_lr, 1e-5, 100.0)
 
     @property
     def _autoencoder_adam(self) -> optax.GradientTransformation:
-        return self._adam(self.autoencoder_lr, 1e-6, 100)
+        return self._adam(self.autoencoder_lr, 1e-6, 100.0)
 
     def init(self, subactor: Subactor, features: int) -> Learner:
         """A learner before its first update. `features` is the size H of h."""
@@ -434,7 +434,7 @@ class Trainer(eqx.Module):
         return jax.vmap(per_start, in_axes=(0, 0, None))(reward, value, discount)
 
     def _return_scale(
-        self, learner: Learner, returns: Float[Array, "R tau-1 M"]
+        self, learner: Learner, returns: Float[Array, "R steps M"]
     ) -> Float[Array, " R"]:
         """Running 5-95 % range of each reward's returns; 1 if not normalised."""
         if not self.normalise_returns:

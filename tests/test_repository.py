@@ -1,0 +1,103 @@
+"""Guards of the repository: lists of modules agree, nothing private or big is in it."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+TAG = re.compile(r"\(([A-Z][A-Z0-9]* \d{1,2})\)")
+COMMENT = re.compile(r"#\s*\(([^()]*\d)\)\s*$", re.MULTILINE)
+MEGABYTE = 2**20
+FORBIDDEN = {
+    "package registry": re.compile(
+        r"\b(pypi[.]org|pythonhosted[.]org|anaconda[.]org|npmjs[.]org|crates[.]io"
+        r"|download[.]pytorch[.]org|pypi[.]python[.]org|pypi[.]nvidia[.]com)",
+        re.IGNORECASE,
+    ),
+    "home folder": re.compile(
+        r"(?<![\w.])/(home|Users)/\w|(?<![\w./])/root/\w|C:\\Users"
+    ),
+}
+
+
+def files():
+    """Files that are tracked or would be by `git add .`; skips outside of git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in run.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_modules_with_shape_checks_are_the_root_modules():
+    options = settings()["tool"]["pytest"]["ini_options"]["addopts"]
+    (packages,) = re.findall(r"--jaxtyping-packages=(\S+)", options)
+    *hooked, checker, name = re.split(r"[,.]", packages)
+    assert (checker, name) == ("beartype", "beartype")
+    assert sorted(hooked) == MODULES
+
+
+def test_installed_modules_are_the_root_modules():
+    assert sorted(settings()["tool"]["setuptools"]["py-modules"]) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tags_in_a_module_stand_in_its_docstring(module):
+    """Every equation that code cites, in comments and docstrings alike."""
+    source = (ROOT / f"{module}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    defined, cited = set(TAG.findall(docstring)), set(TAG.findall(source))
+    assert cited <= defined, f"not in the docstring: {sorted(cited - defined)}"
+    odd = [tag for tag in COMMENT.findall(source) if tag not in defined]
+    assert not odd, f"comments that look like tags: {odd}"
+
+
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_no_text_names_what_belongs_to_one_machine(kind):
+    found = []
+    for path in files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for line in content.decode().splitlines():
+            if FORBIDDEN[kind].search(line):
+                found.append(f"{path.relative_to(ROOT)}: {line.strip()[:100]}")
+    assert not found
+
+
+def test_the_guards_above_would_notice():
+    dot, slash = ".", "/"
+    bad = {
+        "package registry": [
+            f"see https://pypi{dot}org/simple",
+            f"files.pythonhosted{dot}org",
+        ],
+        "home folder": [
+            f'open("{slash}home/me/x")',
+            f"cd {slash}root/work",
+            f"{slash}Users/me",
+        ],
+    }
+    good = ["tests/home/x", "runs/root/x", "https://example.org/home", "a/b"]
+    assert bad.keys() == FORBIDDEN.keys()
+    for kind, lines in bad.items():
+        assert all(FORBIDDEN[kind].search(line) for line in lines)
+        assert not any(FORBIDDEN[kind].search(line) for line in good)
+    tags = "x = 1  # (S5 2)\ny = f(x)  # (SUB 10)\nGu et al. (ICLR 2023)"
+    assert TAG.findall(tags) == ["S5 2", "SUB 10"]
+    assert COMMENT.findall(tags) == ["S5 2", "SUB 10"]
+
+
+def test_no_file_is_larger_than_five_megabytes():
+    sizes = {str(path): path.stat().st_size for path in files()}
+    assert max(sizes.values()) < 5 * MEGABYTE
