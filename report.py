@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib import rc_context
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
@@ -41,34 +42,29 @@ from etbs import load_carry
 from nets import mode_onehot, symexp
 from run import Run, UsageError
 from s5wm import Carry, Latent, Transition, WorldModel
-from subactor import subgoal_reward
+from subgoal import subgoal_reward
 
 CONTEXT, IMAGINED, WINDOWS = 8, 24, 64
 STATES, MOMENTS = 512, 6
-GREY = "#666666"
+GREY, LINES = "#666666", ("-", "--", ":")
 # Okabe and Ito's palette: colours that everybody can tell apart.
-LINES = ("-", "--", ":")
 LEVEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-CHANNEL_COLOURS = np.array(
-    (
-        *((0, 158, 115), (240, 228, 66), (213, 94, 0), (86, 180, 233), (204, 121, 167)),
-        *(
-            (230, 159, 0),
-            (0, 114, 178),
-            (255, 255, 255),
-            (153, 153, 153),
-            (130, 80, 40),
-        ),
-    )
+CHANNEL_COLOURS = (
+    *("#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7"),
+    *("#E69F00", "#0072B2", "#FFFFFF", "#999999", "#825028"),
 )
 STYLE = {
-    **{"font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4},
-    **{"legend.frameon": False, "savefig.dpi": 120},
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 120,
     "figure.constrained_layout.use": True,
 }
-Pictures = Float[np.ndarray, "*B h w c"]
-Ages = Int[np.ndarray, "*B"]
+Pictures = Float[np.ndarray, "... h w c"]
+Ages = Int[np.ndarray, "..."]
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -115,6 +111,11 @@ def acting_ages(is_first: Bool[np.ndarray, " n"], ended: bool, stride: int) -> A
     start = np.maximum.accumulate(np.where(is_first, age, -1))
     acts = ((age - start) % stride == 0) | np.append(is_first[1:], ended)
     return age[acts & (start >= 0)]
+
+
+def last_before(due: Ages, moments: Ages) -> Ages:
+    """Index of the newest of `due` that is not after each moment."""
+    return np.searchsorted(due, moments, side="right") - 1
 
 
 @jax.jit
@@ -242,72 +243,71 @@ class Aim(NamedTuple):
     """
 
     level: int
-    now: Float[Array, " M"]
-    best: Float[Array, " M"]
+    now: Float[np.ndarray, " M"]
+    best: Float[np.ndarray, " M"]
     frame: Pictures
     state: Pictures
     goal: Pictures
 
 
-def aim(run: Run, level: int, latent: Latent, due: Ages, moments: Ages) -> Aim:
-    """The goals in force at a level, whose newest latents (n) these are. (REP 2)
+def aim(run: Run, level: int, due: Ages, entries: int, moments: Ages) -> Aim:
+    """The goals in force at a level, sought among its newest entries. (REP 2)
 
     `due` are the ages, in level 0's replay, of all of the level's own entries.
     """
     learner, replay = run.agent.learners[level], run.agent.replays[level]
     autoencoder, standardise = learner.subactor.autoencoder, learner.standardiser
-    back = np.searchsorted(due, moments) - len(due)
+    back = last_before(due, moments) - len(due)
     codes = replay.steps.goal[replay.rows(replay.size + jnp.asarray(back))]
     G = jax.vmap(autoencoder.decode)(jax.nn.one_hot(codes, autoencoder.code_shape[1]))
+    newest = int(replay.size) - entries + np.arange(entries)
+    latent = jax.tree.map(lambda x: x[0], replayed(run, level, newest[None])[1])
     S = standardise(latent.h)
     k, best = jax.vmap(nearest, (0, None))(G, S)  # (REP 1)
     below = run.agent.subactors[: level + 1]
     down = partial(decode, tuple(s.world_model.heads.decoder for s in below))
     return Aim(
         level=level,
-        now=jax.vmap(subgoal_reward)(G, S[back]),
-        best=best,
-        frame=frames(run, due[np.asarray(k) - len(S)]),
+        now=np.asarray(jax.vmap(subgoal_reward)(G, S[back])),
+        best=np.asarray(best),
+        frame=frames(run, due[np.asarray(k) - entries]),
         state=np.asarray(down(latent.z[k], latent.h[k])),
         goal=np.asarray(down(latent.z[k], symexp(standardise.inverse(G)))),  # (REP 2)
     )
 
 
 def aims(run: Run) -> tuple[Pictures, list[Aim]] | None:
-    """Frames at moments when the top level set a goal, and all goals in force then."""
+    """Frames at recent moments and the goals in force then; None without any."""
     config, ended, is_first = run.config, run.clock == 0, first_flags(run)
-    levels = range(config.levels)
+    levels = [i for i in range(config.levels - 1) if run.updates[i]]
     due = [acting_ages(is_first, ended, config.period**i) for i in levels]
-    latents = {}
-    for i in levels[:-1]:
-        size = int(run.agent.replays[i].size)
-        n = min(STATES, size, len(due[i]))
-        if n == 0 or run.updates[i] == 0:
-            continue
-        T = min(config.length, n)
-        ages = size - n // T * T + np.arange(n // T * T).reshape(-1, T)
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        latents[i] = jax.tree.map(flat, replayed(run, i, ages)[1])
-    since = max([due[i][-len(x.h)] for i, x in latents.items()], default=len(is_first))
-    final = np.append(is_first[1:], ended)
-    moments = due[-1][(due[-1] >= since) & ~final[due[-1]]]
+    sizes = [int(run.agent.replays[i].size) for i in levels]
+    known = [min(STATES, n, len(d)) for n, d in zip(sizes, due, strict=True)]
+    if min(known, default=0) == 0:
+        return None
+    since = max(d[-n] for n, d in zip(known, due, strict=True))
+    goes_on = np.flatnonzero(~np.append(is_first[1:], ended))
+    moments = goes_on[goes_on >= since]
     if len(moments) == 0:
         return None
     moments = moments[np.unique(np.linspace(0, len(moments) - 1, MOMENTS).astype(int))]
-    return frames(run, moments), [
-        aim(run, i, x, due[i], moments) for i, x in latents.items()
-    ]
+    found = zip(levels, due, known, strict=True)
+    return frames(run, moments), [aim(run, i, d, n, moments) for i, d, n in found]
 
 
 class Panel(NamedTuple):
-    """One plot: metrics, each with a line style of its own, of some levels."""
+    """One plot: metrics, each with a line style of its own, of some levels.
+
+    `units` are what the values of each level are divided by.
+    """
 
     title: str
     metrics: str
     levels: Sequence[int]
     log: bool = False
-    limits: tuple[float | None, float | None] = (None, None)
+    limits: tuple[float | None, float | None] | None = None
     mark: tuple[float, str] | None = None
+    units: Sequence[float] = (1, 1, 1, 1)
 
 
 def plot(axes: Axes, panel: Panel, lines: list[dict]) -> bool:
@@ -316,10 +316,10 @@ def plot(axes: Axes, panel: Panel, lines: list[dict]) -> bool:
         for name, style in zip(panel.metrics.split(), LINES, strict=False):
             data = series(lines, f"level{level}/{name}")
             marker = "." if len(data) < 30 else None
-            axes.plot(*data.T, style, color=LEVEL_COLOURS[level], marker=marker)
+            steps, values = data.T / [[1], [panel.units[level]]]
+            axes.plot(steps, values, style, color=LEVEL_COLOURS[level], marker=marker)
     found = any(len(line.get_xdata()) for line in axes.lines)
     axes.set_title(panel.title)
-    axes.set_ylim(*panel.limits)
     if not found:
         axes.text(0.5, 0.5, "none", color=GREY, ha="center", transform=axes.transAxes)
     elif panel.log:
@@ -327,6 +327,8 @@ def plot(axes: Axes, panel: Panel, lines: list[dict]) -> bool:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.minorticks_off()
+    if panel.limits:
+        axes.set_ylim(*panel.limits)
     if found and panel.mark:
         reference(axes, *panel.mark)
     return found
@@ -363,7 +365,7 @@ def curves(
     if not any([plot(a, panel, lines) for a, panel in panels]):
         return None
     for last in axes[-1]:
-        last.set_xlabel("agent steps")
+        last.set(xlabel="agent steps", xlim=(0, 1.01 * run.step))
     used = LEVEL_COLOURS[: run.config.levels]
     keys = [Line2D([], [], color=c, label=f"level {i}") for i, c in enumerate(used)]
     for name, style in zip(styles.split(), LINES, strict=False):
@@ -381,8 +383,8 @@ def rewards(run: Run, lines: list[dict]) -> Figure | None:
     grid = [[panel(i, kind) for kind in kinds] for i in range(run.config.levels)]
     text = (
         "Unweighted means over training batches; one scale per column. The extrinsic "
-        "reward of an upper level is per agent step. The top level is given no subgoal. "
-        "Novelty has no weight at level 0."
+        "reward of an upper level is per agent step. The top level is given no "
+        "subgoal. Novelty has no weight at level 0."
     )
     words = ("partial rewards, mean per state", text)
     return curves(run, lines, grid, "replayed imagined", *words, sharey="col")
@@ -398,8 +400,8 @@ def losses(run: Run, lines: list[dict]) -> Figure | None:
     kl = p("KL[posterior ‖ prior] (nats)", "kl", limits=(0, None), mark=free)
     text = (
         "Means over training batches. Observation: at level 0 squared error, weighted "
-        "like 64×64×3 values; above, cross-entropy of z plus squared error of symlog h, "
-        "over the window of the level below. The scales of the two do not compare."
+        "like 64×64×3 values; above, cross-entropy of z plus squared error of h, over "
+        "the window of the level below. The scales of the two do not compare."
     )
     grid = [[observation, reward], [cont, kl]]
     return curves(run, lines, grid, "", "losses of the world models", text)
@@ -408,35 +410,28 @@ def losses(run: Run, lines: list[dict]) -> Figure | None:
 def health(run: Run, lines: list[dict]) -> Figure | None:
     """Signs that actors, critics and goal codes are alive."""
     p = partial(Panel, levels=range(run.config.levels))
+    shapes = [subactor.action_shape for subactor in run.agent.subactors]
+    uniform = [groups * np.log(classes) for groups, classes in shapes]
     kinds = ("extrinsic", "subgoal", "novelty")
-    scale, advantage = (
-        p(
-            title,
-            " ".join(prefix + kind for kind in kinds),
-            log=True,
-            limits=(1e-3, None),
-        )
-        for title, prefix in (
-            ("return scale", "return_scale_"),
-            ("|advantage|, weighted", "advantage_"),
-        )
-    )
+    named = lambda prefix: " ".join(f"{prefix}_{kind}" for kind in kinds)
+    log = partial(p, log=True, limits=(1e-3, None))
+    scale = log("return scale", named("return_scale"))
+    advantage = log("|advantage|, weighted", named("advantage"))
+    entropy = p("actor: entropy / uniform", "entropy_actor", units=uniform)
     random = "code_reward_own code_reward_random"
     grid = [
-        [p("actor: entropy (nats)", "entropy_actor", log=True), scale, advantage],
+        [entropy._replace(limits=(0, 1.05)), scale, advantage],
         [
             p("code: KL per row (nats)", "code_kl_per_row", mark=(0.05, "dead")),
             p("code: explained variance", "code_explained_variance", limits=(-0.5, 1)),
             p("code: r_g of own (-), random (--)", random, limits=(0, 1)),
         ],
     ]
-    shapes = [subactor.action_shape for subactor in run.agent.subactors]
-    chance = ", ".join(f"{groups * np.log(n):.3g}" for groups, n in shapes)
     text = (
-        f"Means over training batches. Entropy of uniform actors: {chance}. Advantages "
-        "are divided by max(1, return scale). Under 0.05 nats a code says nothing: a "
-        "random one earns as much r_g as a state's own. Return scale and advantage are "
-        "cut below 0.001, explained variance below -0.5."
+        "Means over training batches. Advantages are divided by max(1, return scale). "
+        "Under 0.05 nats a code says nothing: a random one earns as much r_g as a "
+        "state's own. Return scale and advantage are cut below 0.001, explained "
+        "variance below -0.5."
     )
     title = "health of actors, critics and goal codes"
     return curves(run, lines, grid, " ".join(kinds), title, text)
@@ -464,12 +459,11 @@ def learning_curve(run: Run, lines: list[dict]) -> Figure | None:
         means = np.convolve(returns, np.ones(n) / n, "valid")
         axes.plot(data[n - 1 :, 0], means, "#0072B2", label=f"mean of the last {n}")
     path = run.folder / "result.json"
-    scores = json.loads(path.read_text())["eval_returns"] if path.exists() else []
+    scores = json.loads(path.read_text()).get("eval_returns") if path.exists() else []
     if scores:
         label = f"evaluation: {np.mean(scores):.3g}, mean of {len(scores)}"
-        axes.plot(
-            run.step, np.mean(scores), "D", color="#D55E00", label=label, clip_on=False
-        )
+        style = {"marker": "D", "ls": "", "color": "#D55E00", "clip_on": False}
+        axes.plot(run.step, np.mean(scores), label=label, **style)
     low, high = min([*returns, *scores]), max([*returns, *scores])
     reach, far = max(high - low, 1), ""
     for name, value in references(run).items():
@@ -477,19 +471,19 @@ def learning_curve(run: Run, lines: list[dict]) -> Figure | None:
             reference(axes, value, f"{name}\n{value:.3g}")
         elif value is not None:
             far += f" Off the scale: {name} {value:.3g}."
-    axes.set(xlabel="agent steps", ylabel="return (game points)", xlim=(0, run.step))
+    axes.set(xlabel="agent steps", xlim=(0, 1.01 * run.step), ylabel="return (points)")
     text = f"Preset {config.preset}, {config.levels} levels, seed {config.seed}." + far
     title = f"{config.game}: return of training episodes"
     caption(figure, title, text, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def to_rgb(picture: Pictures) -> Float[np.ndarray, "*B h w 3"]:
+def to_rgb(picture: Pictures) -> Float[np.ndarray, "... h w 3"]:
     """Grey and colour as they are; other channels mix colours of their own."""
     channels = picture.shape[-1]
     if channels in (1, 3):
         return np.broadcast_to(picture, (*picture.shape[:-1], 3))
-    colours = np.resize(CHANNEL_COLOURS, (channels, 3)) / 255
+    colours = to_rgba_array(np.resize(CHANNEL_COLOURS, channels))[:, :3]
     return picture @ colours / np.maximum(1, picture.sum(-1, keepdims=True))
 
 
@@ -508,29 +502,29 @@ def film_strip(run: Run, play: OpenLoop) -> Figure:
     far = {-1, 0, *np.geomspace(1, ahead[-1], 7).round().astype(int)}
     shown = [t for t in range(T) if ahead[t] in far]
     tall = min(8 / len(shown) * height / width, 1.2)
-    figure = Figure(figsize=(9, 3 * tall + 3.2))
+    figure = Figure(figsize=(9, 3 * tall + 3.9))
     grid = figure.add_gridspec(4, len(shown), height_ratios=(tall, tall, tall, 2.1))
     for row, (name, pictures) in enumerate(play.views([W // 2]).items()):
         for column, t in enumerate(shown):
             axes = figure.add_subplot(grid[row, column])
             show(axes, pictures[0, t], name if column == 0 else "")
             if row == 0:
-                axes.set_title(moment(ahead[t], "\n"), fontsize=8, loc="center")
+                axes.set_title(moment(int(ahead[t]), "\n"), fontsize=8, loc="center")
     axes, styles = figure.add_subplot(grid[3, :]), ("-", "-", "--", ":")
     colours, begin = ("#0072B2", "#56B4E9", GREY, GREY), (1, ahead[0], 0, ahead[0])
     for i, (name, error) in enumerate(play.errors().items()):
         part = ahead >= begin[i]
-        axes.plot(
-            ahead[part], error.mean(0)[part], styles[i], color=colours[i], label=name
-        )
+        style = {"ls": styles[i], "color": colours[i], "zorder": 9 - i}
+        axes.plot(ahead[part], error.mean(0)[part], label=name, **style)
     axes.set(xlabel="frames after the last one seen", ylabel="mean squared error")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     text = (
-        f"Pictures: of {W} windows of {T} steps, the one of median error. Curves: means "
-        "over all windows and pixels (0 to 1). Imagined under the true actions, z drawn "
-        "from the prior, once. The windows are the newest of the replay; most have been "
-        "trained on. Who sees nothing move scores like the mean of all frames."
+        f"Pictures: of {W} windows of {T} steps, the one of median error. Curves: "
+        "means over windows and pixels (0 to 1). Imagined under the true actions, z "
+        "drawn from the prior, once. The windows are the newest of the replay: most "
+        "have been trained on. A model in which nothing moves scores like the mean of "
+        "all frames." + " Colours: channels of the game." * (play.truth.shape[4] > 3)
     )
     title = f"{run.config.game}: open-loop prediction of level 0"
     caption(figure, title, text, axes.get_legend_handles_labels()[0])
@@ -539,7 +533,7 @@ def film_strip(run: Run, play: OpenLoop) -> Figure:
 
 def moment(ahead: int, between: str = " ") -> str:
     """The name of a frame by its distance to the last one seen."""
-    return f"{'imagined' if ahead > 0 else 'context'}{between}{ahead:+d}"
+    return f"imagined{between}+{ahead}" if ahead > 0 else f"context{between}{ahead}"
 
 
 def write_film(run: Run, play: OpenLoop, path: Path) -> None:
@@ -567,14 +561,12 @@ def goal_sheet(run: Run, now: Pictures, found: list[Aim]) -> Figure:
     rows, text = [("the game", now)], ""
     for goal in found:
         rows.append((f"level {goal.level} goal:\nclosest state", goal.frame))
-        rows += [
-            ("that state,\ndecoded", goal.state),
-            ("the goal,\ndecoded", goal.goal),
-        ]
+        rows.append(("that state,\ndecoded", goal.state))
+        rows.append(("the goal,\ndecoded", goal.goal))
         text += (
-            f" Level {goal.level}, {run.updates[goal.level]} updates: from state to state "
-            f"decoded {rms(goal.state - goal.frame):.2g}, from there to the goal decoded "
-            f"{rms(goal.goal - goal.state):.2g} (root mean square)."
+            f" Level {goal.level}, {run.updates[goal.level]} updates: decoding changes "
+            f"a state's frame by {rms(goal.state - goal.frame):.2g}, the goal what is "
+            f"decoded by {rms(goal.goal - goal.state):.2g} (rms of pixels, 0 to 1)."
         )
     tall = min(1.2 * now.shape[1] / now.shape[2], 1.4)
     figure = Figure(figsize=(8.5, 1.2 + len(rows) * tall))
@@ -585,13 +577,13 @@ def goal_sheet(run: Run, now: Pictures, found: list[Aim]) -> Figure:
     for axes, goal in zip(grid[3::3], found, strict=True):
         for a, r, best in zip(axes, goal.now, goal.best, strict=True):
             a.set_xlabel(f"r_g {r:.2f}, closest {best:.2f}", fontsize=7)
-    words = (
-        f"{run.config.game}: goals in force at {len(now)} recent moments",
-        f"Closest: highest r_g among the newest {STATES} states at most. A goal is an h, "
-        "no z: it is decoded with the z of the closest state. r_g: agreement of the goal "
-        "with the state at the moment, and with the closest." + text,
+    text = (
+        f"Closest: by r_g, of the level's newest {STATES} states at most. A goal is an "
+        "h without a z, so it is decoded with the z of the closest state. r_g: of the "
+        "state at the moment, and of the closest." + text
     )
-    caption(figure, *words)
+    title = f"{run.config.game}: goals in force at {len(now)} recent moments"
+    caption(figure, title, text)
     return figure
 
 

@@ -137,14 +137,11 @@ def test_kl_is_never_negative_and_zero_iff_equal(key, scale):
     distance = np.abs(unimix_probs(q) - unimix_probs(p)).sum(-1)
     kl = kl_divergence(q, p)
     assert (kl >= 0.5 * np.sum(distance**2, -1) - 1e-5).all()
-    assert (kl > 0).all()
+    assert (kl[distance.max(-1) > 0.01] > 0).all()
     close(kl_divergence(q, q), 0, atol=1e-6)
     close(kl_divergence(q, q + 5), 0)
     probs_q, probs_p = map(np.asarray, (unimix_probs(q), unimix_probs(p)))
-    by_hand = sum(
-        probs_q[:, s] * np.log(probs_q[:, s] / probs_p[:, s]) for s in range(S)
-    )
-    close(kl, by_hand.sum(-1), rtol=1e-4)
+    close(kl, np.sum(probs_q * np.log(probs_q / probs_p), (1, 2)), rtol=1e-4)
 
 
 @given(keys)

@@ -315,19 +315,48 @@ def test_an_episode_starts_from_a_learned_z_and_an_empty_memory():
 
 
 @pytest.mark.parametrize("h_source", ["both", "states", "output"])
-def test_h_is_read_from_what_it_says(h_source):
-    """(WM 5), with m known by the prior that it feeds."""
-    model, (steps, carry) = world_model(0, h_source), draw(0, 3)
-    z = jnp.asarray(np.asarray(carry.z)[None].repeat(T, 0))
-    x, h, prior = numpy(predict_all(model, z, carry, steps.action, steps.is_first))
-    flat = np.concatenate([x.real.reshape(T, -1), x.imag.reshape(T, -1)], 1)
-    states = flat @ np.asarray(model.W_h.weight).T + model.W_h.bias
-    read = np.asarray(nets.symexp(jnp.asarray(h)))
-    if h_source == "states":
-        close(read, states, rtol=1e-3)
-        return
-    m = read - states if h_source == "both" else read
-    close(jax.jit(jax.vmap(model.prior))(m).reshape(prior.shape), prior, atol=1e-3)
+@given(keys, st.booleans())
+def test_predict_is_its_equations(h_source, key, is_first):
+    """(WM 2) to (WM 6) written out, on top of one step of the stack."""
+    model, (steps, carry) = world_model(0, h_source), draw(0, key)
+    action = row(steps, 0).action
+    x, h, prior = predict(model, carry, action, jnp.array(is_first))
+
+    code = np.eye(ACTIONS)[np.asarray(action)] * (not is_first)
+    z = np.asarray(model.init_carry().z if is_first else carry.z)
+    u = linear(model.W_in, np.concatenate([z.ravel(), code.ravel()]))
+    u = (u - u.mean()) / np.sqrt(u.var() + 1e-3)
+    u = u * model.norm_in.weight + model.norm_in.bias
+    u = np.asarray(u / (1 + np.exp(-u)), np.float32)
+    stack_x, y = numpy(stack_step(model.stack, carry.x, u, jnp.array(is_first)))
+    close(x, stack_x)
+    m = linear(model.W_m, y)
+    states = linear(model.W_h, np.concatenate([x.real.ravel(), x.imag.ravel()]))
+    read = {"both": states + m, "states": states, "output": m}[h_source]
+    close(h, np.sign(read) * np.log1p(np.abs(read)))
+    close(prior.ravel(), prior_head(model, np.asarray(m, np.float32)))
+    assert model.W_m.bias is None
+
+
+def linear(layer, v):
+    out = np.asarray(layer.weight) @ v
+    return out if layer.bias is None else out + np.asarray(layer.bias)
+
+
+@jax.jit
+def predict(model, carry, action, is_first):
+    onehot = jax.nn.one_hot(action, model.action_classes)
+    return model.discretise().predict(carry, onehot, is_first)
+
+
+@jax.jit
+def stack_step(stack, x, u, is_first):
+    return stack.discretise().step(x, u, is_first)
+
+
+@jax.jit
+def prior_head(model, m):
+    return model.prior(m)
 
 
 # The loss

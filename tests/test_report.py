@@ -1,0 +1,370 @@
+"""Pictures of a real tiny run, and the numbers in them worked by hand."""
+
+import json
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib import rc_context
+from PIL import Image
+
+import report
+import train
+from config import TINY
+from etbs import Replay, StoredCarry
+from nets import symlog
+from run import Run
+from s5wm import Latent, Transition
+
+MODEL = replace(TINY.model, channels=(), strides=(), layers=1, head_layers=1)
+# Long windows: only level 0 collects enough to be trained, which is what takes time.
+CONFIG = replace(TINY, game="catch", steps=48, period=2, length=36, model=MODEL)
+ALL = [
+    "learning_curve",
+    "rewards",
+    "world_model_losses",
+    "health",
+    "open_loop",
+    "goals",
+]
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with rc_context(report.STYLE):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three levels on catch with a checkpoint; then a crash in mid-line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run = Run.start(CONFIG, folder)
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(CONFIG)))
+    while run.step < CONFIG.steps:
+        run.advance()
+        if run.step % CONFIG.log_every == 0:
+            run.log()
+    (folder / "result.json").write_text(json.dumps({"eval_returns": [1.0, -1.0]}))
+    run.save()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 49, "episode_return": 1.0, "episode_length": 9}\n{"st')
+    return run
+
+
+@pytest.fixture(scope="module")
+def drawn(run):
+    """Pictures by the command line, the other files before and after."""
+
+    def files():
+        found = [p for p in run.folder.rglob("*") if p.is_file()]
+        return {p: p.read_bytes() for p in found if p.parent.name != "pictures"}
+
+    before = files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "keep_compiled", lambda: None)
+        assert report.main([str(run.folder)]) == 0
+    return sorted((run.folder / "pictures").iterdir()), before, files()
+
+
+def test_every_picture_is_drawn_and_shows_something(drawn):
+    paths, _, _ = drawn
+    assert [p.name for p in paths] == sorted(
+        [f"{n}.png" for n in ALL] + ["open_loop.gif"]
+    )
+    for path in paths:
+        with Image.open(path) as image:
+            assert 300 < image.width < 1600 and 200 < image.height < 1600, path
+            assert np.asarray(image.convert("L")).std() > 5, path
+            if path.suffix == ".gif":
+                assert image.n_frames >= 8
+
+
+def test_the_command_line_leaves_the_run_as_it_is(drawn):
+    """Metrics beyond the checkpoint, as after a crash, stay where they are."""
+    _, before, after = drawn
+    assert after == before and len(before) > 4
+
+
+def test_figures_show_every_metric_they_name(run):
+    """A metric renamed elsewhere would leave an empty plot."""
+    lines, panels = report.read_lines(run.folder), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda axes, panel, lines: panels.append(panel))
+        for make in (report.rewards, report.losses, report.health):
+            make(run, lines)
+    assert len(panels) == 9 + 4 + 6
+    named = {name for p in panels if 0 in p.levels for name in p.metrics.split()}
+    named -= {"return_scale_novelty", "advantage_novelty"}  # not learned at level 0
+    assert len(named) == 19
+    for name in named:
+        assert len(report.series(lines, f"level0/{name}")) == 1, name
+
+
+def test_pictures_are_numbers_from_0_to_1(run, monkeypatch):
+    monkeypatch.setattr(run, "updates", [1, 1, 1])  # level 1's networks as they began
+    play = report.open_loop(run)
+    now, found = report.aims(run)
+    assert [a.level for a in found] == [0, 1]
+    shown = [play.truth, play.model, play.seen, now]
+    shown += [x for a in found for x in (a.frame, a.state, a.goal, a.now, a.best)]
+    for x in shown:
+        assert np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1
+    assert play.truth.max() == 1  # the ball
+    assert play.model.std() > 0
+    for a in found:
+        assert (a.now <= a.best + 1e-6).all()  # the state now is one of those searched
+        assert a.state.std() > 0 and (a.state != a.goal).any()
+
+
+def test_curves_lie_within_their_axes(run):
+    """Columns share a scale, which must hold all rows."""
+    lines = [
+        {"step": 8 * n, f"level{i}/{kind}_subgoal": n + 10 * i + 100 * (kind == "real")}
+        for n in range(5)
+        for i in range(2)
+        for kind in ("real", "imagined")
+    ]
+    figure = report.rewards(run, lines)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[3:6] == [f"level 1: {x}" for x in ("extrinsic", "subgoal", "novelty")]
+    for i in range(2):
+        axes = figure.axes[1 + 3 * i]
+        real, imagined = (line.get_ydata() for line in axes.lines)
+        assert real.tolist() == [100 + 10 * i + n for n in range(5)]
+        assert imagined.tolist() == [10 * i + n for n in range(5)]
+        low, high = axes.get_ylim()
+        assert low < 0 and high > 114
+
+
+def test_learning_curve_shows_references_and_evaluation(run):
+    figure = report.learning_curve(run, report.read_lines(run.folder))
+    (axes,) = figure.axes
+    assert {t.get_text() for t in axes.texts} == {"random\n-0.6", "best\n1"}
+    assert axes.lines[0].get_xydata()[-1].tolist() == [49, 1]
+    (marker,) = [x for x in axes.lines if x.get_label().startswith("evaluation")]
+    assert marker.get_xydata().tolist() == [[CONFIG.steps, 0.0]]
+
+
+def test_acting_ages_by_hand():
+    is_first = np.array([0, 1, 0, 0, 0, 0, 0, 1, 0, 0], bool)
+    # clocks            ?  0  1  2  3  4  5  0  1  2
+    assert report.acting_ages(is_first, False, 4).tolist() == [1, 5, 6, 7]
+    assert report.acting_ages(is_first, True, 4).tolist() == [1, 5, 6, 7, 9]
+    assert report.acting_ages(is_first, False, 1).tolist() == list(range(1, 10))
+
+
+def test_last_before_by_hand():
+    due, moments = np.array([1, 5, 6, 7]), np.array([1, 4, 5, 9])
+    assert report.last_before(due, moments).tolist() == [0, 0, 1, 3]
+
+
+def test_acting_ages_are_those_of_the_tower(run):
+    """Flags agree with the level's own replay; goals with the actions that set them."""
+    below = report.first_flags(run)
+    for level in (1, 2):
+        replay, lower = run.agent.replays[level], run.agent.replays[level - 1]
+        stride = CONFIG.period**level
+        due = report.acting_ages(below, run.clock == 0, stride)
+        assert len(due) == run.entries[level] == int(replay.size)
+        rows = replay.rows(jnp.arange(replay.size))
+        np.testing.assert_array_equal(replay.steps.is_first[rows], below[due])
+        ages = report.acting_ages(below, run.clock == 0, stride // CONFIG.period)
+        goals = lower.steps.goal[lower.rows(jnp.arange(lower.size))]
+        entry = report.last_before(due, ages)
+        known = entry + 1 < len(due)
+        set_by = replay.steps.action[rows][entry[known] + 1]
+        inside = ~below[due][entry[known] + 1]
+        assert inside.sum() > 5
+        np.testing.assert_array_equal(goals[known][inside], set_by[inside])
+
+
+def test_window_starts_by_hand():
+    is_first = np.array([0, 0, 1, 0, 0, 1, 0], bool)
+    assert report.window_starts(is_first, 2).tolist() == [0, 2, 3, 5]
+    assert report.window_starts(is_first, 3).tolist() == [2]
+    assert report.window_starts(is_first, 4).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("goal", "S", "index", "reward"),
+    [
+        ([1.0, 0.0], [[2.0, 0.0], [0.9, 0.0], [0.0, 1.0]], 1, 0.9),
+        # The right direction at ten times the length agrees less than a skew one.
+        ([1.0, 0.0], [[10.0, 0.0], [0.6, 0.6]], 1, 0.6),
+    ],
+)
+def test_nearest_by_hand(goal, S, index, reward):
+    k, best = report.nearest(jnp.array(goal), jnp.array(S))
+    assert int(k) == index
+    assert float(best) == pytest.approx(reward)
+
+
+class Fixed(eqx.Module):
+    """An autoencoder that knows one goal."""
+
+    goal: jax.Array
+    code_shape: tuple[int, int] = eqx.field(static=True)
+
+    def decode(self, code):
+        return self.goal
+
+
+def test_a_goal_that_is_a_state_is_found_and_decoded_as_that_state(run, monkeypatch):
+    """Standardised h and back, for the newest state as everybody's goal."""
+    monkeypatch.setattr(run, "updates", [1, 1, 1])
+    for level in (0, 1):
+        due = report.acting_ages(report.first_flags(run), False, CONFIG.period**level)
+        n, size = len(due), int(run.agent.replays[level].size)
+        ages = size - n + np.arange(n)[None]
+        learner = run.agent.learners[level]
+        S = learner.standardiser(report.replayed(run, level, ages)[1].h[0])
+        stub = Fixed(S[-1], learner.subactor.autoencoder.code_shape)
+        where = lambda agent: agent.learners[level].subactor.autoencoder  # noqa: B023
+        monkeypatch.setattr(run, "agent", eqx.tree_at(where, run.agent, stub))
+        aim = report.aims(run)[1][level]
+        np.testing.assert_allclose(aim.best, 1, atol=1e-5)
+        np.testing.assert_allclose(aim.goal, aim.state, atol=1e-4)
+        for frame in aim.frame:
+            np.testing.assert_array_equal(frame, report.frames(run, due[[-1]])[0])
+
+
+def test_decode_down_takes_the_last_of_the_window():
+    """z picks a pixel, h = 2 its brightness of 0.2; older entries would differ."""
+
+    def level1(feat):
+        assert feat.shape == (7,)
+        logits = jnp.array([[[9.0, 0], [9, 0]], [[0, 9], [9, 0]]])
+        return logits * feat[0], symlog(jnp.array([[5.0], [2.0]]))
+
+    def level0(feat):
+        return feat[:4].reshape(2, 2, 1) * feat[4] / 10 - 0.5
+
+    z, h = jnp.array([[1.0, 0, 0], [0, 0, 1]]), jnp.zeros(1)
+    picture = report.decode_down((level0, level1), z, h)
+    np.testing.assert_allclose(picture[..., 0], [[0, 0.2], [0.2, 0]], atol=1e-6)
+    brightest = report.decode_down(
+        (lambda feat: feat[:4].reshape(2, 2, 1),), z[:, :2], h
+    )
+    assert float(brightest.max()) == 1  # clipped from 1.5
+
+
+class Pixels(eqx.Module):
+    """A picture of two pixels, which are z."""
+
+    def __call__(self, feat):
+        return feat[:2].reshape(1, 2, 1) - 0.5
+
+
+class Toggle(eqx.Module):
+    """The perfect model of a light that action 1 switches on or off."""
+
+    heads: SimpleNamespace = eqx.field(static=True)
+    z_shape: tuple[int, int] = eqx.field(static=True, default=(1, 2))
+    wrong: bool = eqx.field(static=True, default=False)
+
+    features: int = eqx.field(static=True, default=1)
+
+    def init_carry(self): ...
+    def step(self, carry, action, is_first, obs, *, key): ...
+    def discretise(self):
+        return self
+
+    def observe(self, steps, carry, *, key):
+        z = steps.obs.reshape(-1, 1, 2) / 255.0
+        T = len(z)
+        return Latent(jnp.zeros((T, 1, 1)), z, jnp.zeros((T, 1)), z), z
+
+    def imagine(self, carry, action, *, key):
+        z = jnp.where(action[0, 1] == 1, 1 - carry.z, carry.z)
+        z = 1 - z if self.wrong else z
+        return Latent(carry.x, z, jnp.zeros(1), z)
+
+
+# A light switched at random, and at the last step of either context.
+ACTIONS = np.random.default_rng(0).integers(0, 2, 40)
+ACTIONS[[7, 15]] = 1
+LIGHT = np.cumsum(ACTIONS) % 2
+
+
+def toggle_run(wrong):
+    """What `open_loop` reads of a run, for one episode of the light."""
+    rows = lambda x: jnp.append(jnp.asarray(x, jnp.uint8), 0)
+    zero, n = jnp.zeros((), bool), len(ACTIONS)
+    step = Transition(
+        jnp.zeros((1, 2, 1), jnp.uint8),
+        jnp.zeros(1, jnp.uint8),
+        jnp.zeros(()),
+        *(zero, zero, None),
+    )
+    replay = Replay(n, step, StoredCarry(jnp.zeros((1, 1)), jnp.zeros(1, jnp.uint8)))
+    obs = 255 * jax.nn.one_hot(rows(LIGHT), 2, dtype=jnp.uint8).reshape(-1, 1, 2, 1)
+    where = lambda r: (r.steps.obs, r.steps.action, r.steps.is_first, r.size)
+    is_first = jnp.arange(n + 1) == 0
+    new = (obs, rows(ACTIONS)[:, None], is_first, jnp.array(n))
+    replay = eqx.tree_at(where, replay, new)
+    model = Toggle(SimpleNamespace(decoder=Pixels()), wrong=wrong)
+    run = object.__new__(Run)
+    run.config, run.clock = CONFIG, n
+    subactor = SimpleNamespace(world_model=model, action_shape=(1, 2))
+    run.agent = SimpleNamespace(replays=[replay], subactors=[subactor])
+    return run
+
+
+def test_open_loop_errors_by_hand():
+    """A perfect model errs nowhere; a copy errs by 1 where the light has changed."""
+    play = report.open_loop(toggle_run(wrong=False))
+    errors = play.errors()
+    assert errors["imagined"].shape == (2, 32)  # the newest, and a context before it
+    assert play.context == 8
+    np.testing.assert_allclose(errors["imagined"], 0, atol=1e-10)
+    light = play.truth[:, :, 0, 1, 0]
+    assert {tuple(x) for x in light} == {tuple(LIGHT[8:]), tuple(LIGHT[:32])}
+    changed = light != light[:, [7]]
+    np.testing.assert_allclose(errors["copy of the last frame seen"], changed)
+
+
+def test_open_loop_errors_of_a_wrong_model():
+    """Every light turned at every step: wrong at all odd ones, after the context."""
+    errors = report.open_loop(toggle_run(wrong=True)).errors()["imagined"]
+    np.testing.assert_allclose(errors[:, :8], 0, atol=1e-10)
+    np.testing.assert_allclose(errors[:, 8:], [[1, 0] * 12] * 2, atol=1e-10)
+
+
+def test_mean_of_all_frames_by_hand():
+    truth = np.array([0.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1, 1, 1)
+    play = report.OpenLoop(truth, truth, truth, 1)
+    np.testing.assert_allclose(play.errors()["mean of all frames"], 0.25)
+
+
+def test_colours():
+    grey = np.full((2, 2, 1), 0.5)
+    assert report.to_rgb(grey).tolist() == np.full((2, 2, 3), 0.5).tolist()
+    one_each = np.eye(10).reshape(1, 10, 10)
+    colours = report.to_rgb(one_each)[0]
+    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 9 * np.eye(10)
+    assert apart.min() > 0.2
+    assert report.to_rgb(np.zeros((1, 1, 4))).max() == 0
+
+
+def test_a_run_without_data_draws_nothing(tmp_path):
+    assert report.draw(Run.start(CONFIG, tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["/no/such/folder"], ["a", "b"]])
+def test_bad_input_is_one_line(argv, capsys, monkeypatch):
+    monkeypatch.setattr(train, "keep_compiled", lambda: None)
+    assert report.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("report.py: ") and said.count("\n") == 1
+    assert "--resume" not in said
+
+
+def test_shapes_are_checked():
+    with pytest.raises(TypeError):
+        report.nearest(jnp.zeros(3), jnp.zeros((2, 4)))

@@ -1,0 +1,88 @@
+"""The loop: what is counted, what is due, and the published size on a CPU."""
+
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from run import Run, evaluate
+
+TINY = ["--preset", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run on catch that has taken 40 agent steps, over several episodes."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--game", "catch", "--model.channels", "--model.strides"]
+    run = Run.start(train.parse([*TINY, *flags]), folder)
+    for _ in range(40):
+        run.advance()
+    return run
+
+
+def test_entries_are_counted_as_the_replay_counts_them(run):
+    stored = [int(replay.size) for replay in run.agent.replays]
+    capacities = [replay.capacity for replay in run.agent.replays]
+    assert stored == [min(pair) for pair in zip(run.entries, capacities, strict=True)]
+    # Catch lasts 9 steps: 10 entries per episode at level 0, 4 at level 1 (0, 4, 8 and
+    # the end), 2 at level 2; 40 steps are 4 episodes and the first 4 steps of a fifth.
+    assert run.entries == [44, 17, 9]
+    assert [step for step, _ in run.returns] == [9, 18, 27, 36]
+
+
+def test_updates_per_own_step_once_a_window_is_there(run):
+    # Level 0 has 4 entries before its 4th step: 37 steps at 1/4 update each.
+    rate = run.config.updates_per_step
+    assert run.updates[0] == int(37 * rate)
+    assert run.updates[1] < run.updates[0]
+    assert [int(x.updates) for x in run.agent.learners] == run.updates
+    assert all(0 <= debt < 1 for debt in run.debts)
+
+
+def test_evaluation_leaves_the_run_alone(run):
+    before = jax.tree.map(np.array, run.device_state())
+    state = {name: x.copy() for name, x in run.env.get_state().items()}
+    returns = evaluate(run.config, run.agent, 3)
+    assert set(returns) <= {-1.0, 1.0}
+    assert returns == evaluate(run.config, run.agent, 3)
+    same = jax.tree.map(np.array_equal, before, run.device_state())
+    assert all(jax.tree.leaves(same))
+    after = run.env.get_state()
+    assert all(np.array_equal(state[name], after[name]) for name in state)
+
+
+def test_metrics_are_means_over_the_interval(run):
+    lines = []
+    run.write = lambda **values: lines.append(values)
+    counts = [count for count, _ in run.pending]
+    totals = [{k: float(x) for k, x in total.items()} for _, total in run.pending]
+    values = run.log()
+    del run.write
+    assert lines == [values]
+    assert values["level0/kl"] == pytest.approx(totals[0]["kl"] / counts[0])
+    assert run.log() == {}
+
+
+@pytest.mark.slow
+def test_published_size_updates_every_level_on_a_cpu_within_12_gib(tmp_path):
+    """Real frames, every level's own first full batch; minutes of compilation."""
+    run = Run.start(train.parse(["--game", "Pong", "--preset", "atari100k"]), tmp_path)
+    run.update = lambda: None
+    while run.entries[-1] < run.config.length:
+        run.advance()
+    for level in range(3):
+        before = run.agent.learners[level].subactor.world_model.W_h.weight
+        before = np.array(before)
+        run.update_level(level)
+        after = run.agent.learners[level].subactor.world_model
+        assert np.isfinite(np.array(after.W_h.weight)).all()
+        moved = jax.tree.map(lambda x: float(abs(x).max()), run.pending[level][1])
+        assert moved["grad_norm_world_model"] > 0
+        # Warm-up: the first update has rate 0 for the world model, not for the rest.
+        assert np.array_equal(before, after.W_h.weight)
+    assert run.log()["level2/kl"] >= 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert peak < 12, f"{peak:.1f} GiB"
