@@ -19,6 +19,7 @@ from etbs import Replay, StoredCarry
 from nets import symlog
 from run import Run
 from s5wm import Latent, Transition
+from subgoal import subgoal_reward
 
 MODEL = replace(TINY.model, channels=(), strides=(), layers=1, head_layers=1)
 # Long windows: only level 0 collects enough to be trained, which is what takes time.
@@ -149,6 +150,22 @@ def test_learning_curve_shows_references_and_evaluation(run):
     assert axes.lines[0].get_xydata()[-1].tolist() == [49, 1]
     (marker,) = [x for x in axes.lines if x.get_label().startswith("evaluation")]
     assert marker.get_xydata().tolist() == [[CONFIG.steps, 0.0]]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_now_is_the_reward_of_the_goal_in_force(run, level):
+    """The newest of the level's entries up to each moment, sought one by one."""
+    due = report.acting_ages(report.first_flags(run), False, CONFIG.period**level)
+    replay, learner = run.agent.replays[level], run.agent.learners[level]
+    n, moments = len(due), np.array([3, 14, 27, 51])
+    aim = report.aim(run, level, due, n, moments)
+    h = report.replayed(run, level, np.arange(n)[None])[1].h[0]
+    for moment, now in zip(moments, aim.now, strict=True):
+        entry = max(j for j in range(n) if due[j] <= moment)
+        code = jax.nn.one_hot(replay.steps.goal[entry], CONFIG.model.code_classes)
+        goal = learner.subactor.autoencoder.decode(code)
+        expected = subgoal_reward(goal, learner.standardiser(h[entry]))
+        assert float(now) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_acting_ages_by_hand():
