@@ -27,10 +27,8 @@ VERSION = 1
 PREAMBLE = len(MAGIC) + 1 + 8 + 32
 MAX_HEADER = 1 << 26
 ZLIB_MAX_RATIO = 1100
-DTYPES = frozenset(
-    ("bool", "int8", "uint8", "int32", "uint32", "int64")
-    + ("float16", "float32", "float64", "complex64")
-)
+INTEGERS = frozenset(("bool", "int8", "uint8", "int32", "uint32", "int64"))
+DTYPES = INTEGERS | {"float16", "float32", "float64", "complex64"}
 KEEP = 2
 
 

@@ -23,6 +23,7 @@ k is the period, K_i a level's stride, K (nets.py) a number of classes.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from etbs import Replay, StoredCarry, load_carry, store_carry
@@ -54,11 +55,11 @@ class TowerState(eqx.Module):
 class EnvStep(eqx.Module):
     """What the game shows after an action; `is_last` is an ending of either kind."""
 
-    obs: UInt8[Array, "h w c"]
-    reward: Float[Array, ""]
-    is_first: Bool[Array, ""]
-    is_last: Bool[Array, ""]
-    is_terminal: Bool[Array, ""]
+    obs: UInt8[Array | np.ndarray, "h w c"]
+    reward: Float[Array | np.ndarray, ""]
+    is_first: Bool[Array | np.ndarray, ""]
+    is_last: Bool[Array | np.ndarray, ""]
+    is_terminal: Bool[Array | np.ndarray, ""]
 
 
 class Acted(eqx.Module):

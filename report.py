@@ -329,6 +329,7 @@ def plot(axes: Axes, panel: Panel, lines: list[dict]) -> bool:
         axes.yaxis.minorticks_off()
     if panel.limits:
         axes.set_ylim(*panel.limits)
+        axes.yaxis.set_inverted(False)  # where all values lie below the lower limit
     if found and panel.mark:
         reference(axes, *panel.mark)
     return found
@@ -434,7 +435,8 @@ def health(run: Run, lines: list[dict]) -> Figure | None:
         "variance below -0.5."
     )
     title = "health of actors, critics and goal codes"
-    return curves(run, lines, grid, " ".join(kinds), title, text)
+    rows = grid[: min(2, run.config.levels)]  # a flat agent has no codes
+    return curves(run, lines, rows, " ".join(kinds), title, text)
 
 
 def references(run: Run) -> dict[str, float | None]:

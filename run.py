@@ -62,8 +62,9 @@ def make_env(config: Config, seed: int) -> gymnasium.Env:
 
 
 def env_step(obs, reward=0.0, first=False, last=False, terminal=False) -> EnvStep:
-    flags = (np.bool_(first), np.bool_(last), np.bool_(terminal))
-    return EnvStep(obs, np.float32(reward), *flags)
+    """An observation on the host; acting takes it to the device, once."""
+    flags = (np.array(flag) for flag in (first, last, terminal))
+    return EnvStep(obs, np.array(reward, np.float32), *flags)
 
 
 @jax.jit
@@ -213,15 +214,20 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step} | values) + "\n")
 
-    def log(self) -> dict[str, float]:
-        """Writes the mean of every metric since the last line. Raises Diverged."""
+    def means(self) -> dict[str, float]:
+        """Mean of every metric since the last line. Raises Diverged."""
         values = {}
         for i, (count, total) in enumerate(self.pending):
             for name, x in jax.device_get(total).items():
                 values[f"level{i}/{name}"] = float(x) / count
-        self.pending = [(0, {}) for _ in self.pending]
         if bad := [name for name, x in values.items() if not np.isfinite(x)]:
             raise Diverged(f"step {self.step}: {', '.join(bad)} not finite")
+        return values
+
+    def log(self) -> dict[str, float]:
+        """Writes those means as one line and starts new ones. Raises Diverged."""
+        values = self.means()
+        self.pending = [(0, {}) for _ in self.pending]
         if values:
             self.write(**values)
         return values
@@ -238,7 +244,8 @@ class Run:
         }
 
     def save(self) -> Path:
-        """Writes a checkpoint. Raises OSError, with the last one intact."""
+        """Writes a checkpoint. Raises OSError or Diverged, the last one intact."""
+        self.means()
         metrics = self.folder / "metrics.jsonl"
         arrays = named(self.device_state())
         arrays |= {f"env/{name}": x for name, x in self.env.get_state().items()}

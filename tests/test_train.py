@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -197,10 +199,23 @@ def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):
     assert [again.act() for _ in range(8)] == runs[0] != runs[1]
 
 
-def test_a_value_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    folder = tmp_path / "run"
-    argv = [*TINY, "--run-dir", str(folder), "--trainer.world-model-lr", "1e30"]
-    assert train.main([*argv, "--trainer.world-model-warmup", "0"]) == 3
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    """Also before a checkpoint that falls between two lines of metrics."""
+    folder, open_run = tmp_path / "run", train.open_run
+
+    def with_nan(config):
+        run = open_run(config)
+        run.agent = eqx.tree_at(
+            lambda agent: agent.learners[0].subactor.actor.last.bias,
+            run.agent,
+            replace_fn=lambda bias: bias * jnp.nan,
+        )
+        return run
+
+    monkeypatch.setattr(train, "open_run", with_nan)
+    flags = ["--run-dir", str(folder), "--log-every", "50"]
+    assert train.main([*TINY, *flags]) == 3
     error = capsys.readouterr().err
-    assert "not finite" in error
-    assert "last good checkpoint" in error
+    assert "level0/loss_actor" in error
+    assert "not finite; last good checkpoint: none" in error
+    assert not checkpoint.checkpoints(folder / "checkpoint")
