@@ -396,7 +396,9 @@ class Trainer(eqx.Module):
         adam = self._actor_critic_adam
         actor_step, actor_adam = adam.update(actor_grads, learner.actor_adam)
         critic_step, critics_adam = adam.update(critic_grads, learner.critics_adam)
-        metrics |= {f"imagined_{name}": x.mean() for name, x in all_rewards.items()}
+        # States imagined after a game's end do not count.
+        alive_mean = lambda x: (weight * x[:-1]).sum() / jnp.maximum(weight.sum(), 1e-8)
+        metrics |= {f"imagined_{k}": alive_mean(x) for k, x in all_rewards.items()}
         metrics["grad_norm_actor"] = optax.global_norm(actor_grads)
         metrics["grad_norm_critics"] = optax.global_norm(critic_grads)
         return eqx.tree_at(
