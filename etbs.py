@@ -10,7 +10,7 @@ over-used. (ETBS 2) remaps one uniform variate so that new data is drawn more of
 It interpolates *indices*, not densities. The formula p_ETBS of the paper's slides is
 not a distribution, and inverting their CDF worsens the imbalance.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.3; Robine et al., "Transformer-
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Robine et al., "Transformer-
 based World Models", 2023 (count-balanced). Official: embodied/replay/selectors.py.
 Differs from the official code in: Δ20 m is the current size, Δ21 carries are stored.
 

@@ -13,7 +13,7 @@ forgets and acts; at its end every level acts once more, to record the ending.
     action ↓   level 0, every step       ↑ observation
                the game
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3. Official: hieros/hieros.py.
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official: hieros/hieros.py.
 Differs from the official code in: Δ17 clock per episode, Δ18 no lag, Δ19 one-hot goals.
 
 Axes: S categoricals of z, H features of h, G groups of an action, Sg of a goal.

@@ -11,7 +11,7 @@
 
 r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.1. Official: hieros/
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official: hieros/
 networks.py; hieros/models.py, class WorldModel. Differs from the official code in:
 Δ1 alignment of actions, Δ2 the last reward counts, Δ10 features, Δ11 z windows.
 

@@ -9,7 +9,7 @@
 The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
 critic, λ-return and scale. Nothing is differentiated through the world model.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2. Official:
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
 entropy, Δ13 goals decoded now, Δ15 advantages are normalised.
 

@@ -10,7 +10,7 @@ Standardised, because symlog(h) has so little variance that the KL term of (GOAL
 collapses the code: then every goal decodes to the mean of h, and r_g is the same for
 any goal. The slides leave the square out of (GOAL 4), without which it is unbounded.
 
-Mattes, Schlosser, Herbrich, "Hieros", ICML 2024, §3.2; Hafner et al., "Deep
+Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Hafner et al., "Deep
 Hierarchical Planning from Pixels", 2022. Official:
 hieros/models.py, class SubgoalAutoencoder.
 Differs from the official code in: Δ13 goals decoded now, Δ14 novelty in the same space,

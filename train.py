@@ -163,6 +163,10 @@ def rebuild(default, values: dict):
     return replace(default, **changes)
 
 
+class Interrupted(Exception):
+    """Somebody asked the run to stop."""
+
+
 class Stop:
     """Ctrl-C or SIGTERM once asks for an orderly end, twice leaves at once."""
 
@@ -206,8 +210,8 @@ def open_run(config: Config) -> Run:
     return run
 
 
-def train(run: Run, stop: Stop) -> bool:
-    """To the end of the run, or to a stop; False if stopped. Saves either way."""
+def train(run: Run, stop: Stop) -> None:
+    """To the end of the run. Raises Diverged, and Interrupted after saving."""
     config = run.config
     board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
@@ -241,7 +245,8 @@ def train(run: Run, stop: Stop) -> bool:
         save(run, bar)
     bar.close()
     board.close()
-    return not stop.asked
+    if stop.asked:
+        raise Interrupted
 
 
 def save(run: Run, bar: tqdm) -> None:
@@ -254,13 +259,17 @@ def save(run: Run, bar: tqdm) -> None:
         )
 
 
-def finish(run: Run) -> dict:
-    """Evaluation, result.json, pictures and the table."""
+def finish(run: Run, stop: Stop) -> dict:
+    """Evaluation, result.json and pictures. Raises Interrupted on a stop."""
     config = run.config
     with tqdm(total=config.eval_episodes, unit="episode", desc="evaluation") as bar:
-        scores = evaluate(
-            config, run.agent, config.eval_episodes, watch=lambda _: bar.update()
-        )
+
+        def watch(_):
+            bar.update()
+            if stop.asked:
+                raise Interrupted
+
+        scores = evaluate(config, run.agent, config.eval_episodes, watch=watch)
     late = [value for step, value in run.returns if step > 0.9 * config.steps]
     reference = atari.scores().get(config.game, {"random": None, "human": None})
     low, high = reference["random"], reference["human"]
@@ -296,15 +305,16 @@ def finish(run: Run) -> dict:
 
 
 def describe(config: Config, run: Run) -> None:
-    """One line: which preset, why, and what the published one would take here."""
-    device = jax.devices()[0]
-    text = f"preset {config.preset} on {device.device_kind}"
+    """One line: which preset, on what, and what the published one would take here."""
+    text = f"preset {config.preset} on {jax.devices()[0].device_kind}"
+    if jax.default_backend() == "cpu":
+        text += ", JAX finds no accelerator"
     if config.preset == "cpu":
         seconds, work = run.measure_update()
         days = FULL_FLOPS * PRESETS["atari100k"].steps * seconds / work / 86_400
         text += (
-            f": an update of level 0 takes {1e3 * seconds:.0f} ms here, so atari100k "
-            f"would take about {days:.1f} days"
+            f"; an update of level 0 takes {1e3 * seconds:.0f} ms, so --preset "
+            f"atari100k would take about {days:.1f} days here"
         )
     print(text, flush=True)
 
@@ -338,15 +348,15 @@ def main(argv: list[str] | None = None) -> int:
     stop = Stop()
     describe(config, run)
     try:
-        done = train(run, stop)
+        train(run, stop)
+        show(finish(run, stop))
+    except Interrupted:
+        print(f"stopped at step {run.step}: python train.py --resume {run.folder}")
+        return 130
     except Diverged as error:
         newest = next(iter(checkpoint.checkpoints(run.folder / "checkpoint")), "none")
         print(f"train.py: {error}; last good checkpoint: {newest}", file=sys.stderr)
         return 3
-    if not done:
-        print(f"stopped at step {run.step}: python train.py --resume {run.folder}")
-        return 130
-    show(finish(run))
     print(f"run folder: {run.folder}")
     return 0
 

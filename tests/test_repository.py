@@ -101,3 +101,19 @@ def test_the_guards_above_would_notice():
 def test_no_file_is_larger_than_five_megabytes():
     sizes = {str(path): path.stat().st_size for path in files()}
     assert max(sizes.values()) < 5 * MEGABYTE
+
+
+def test_readme_lists_the_modules_in_import_order():
+    """A module imports only from those above it; line counts are near the truth."""
+    rows = re.findall(
+        r"^\| \[(\w+)\.py\]\(\1\.py\) .* \| (\d+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    names = [name for name, _ in rows]
+    assert sorted(names) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for place, (name, lines) in enumerate(rows):
+        text = (ROOT / f"{name}.py").read_text()
+        imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & set(names)
+        assert imported <= set(names[:place]), f"{name} imports from below"
+        assert abs(len(text.splitlines()) - int(lines)) <= 10, name
