@@ -238,7 +238,7 @@ def update(
     tau: float,
     carry: str,
 ) -> tuple[Learner, Replay, dict[str, Float[Array, ""]]]:
-    """One update of one level, replay to replay. (spec of the parts: subactor.py)"""
+    """Samples windows, trains one level on them, writes their new carries back."""
     key = jax.random.fold_in(jax.random.fold_in(key, 1 + level), learner.updates)
     sample_key, learn_key = jax.random.split(key)
     replay, rows = replay.sample(batch, length, sampler, tau, key=sample_key)

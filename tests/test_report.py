@@ -12,6 +12,7 @@ import pytest
 from matplotlib import rc_context
 from PIL import Image
 
+import diagnose
 import report
 import train
 from config import TINY
@@ -109,8 +110,8 @@ def test_figures_show_every_metric_they_name(run):
 
 def test_pictures_are_numbers_from_0_to_1(run, monkeypatch):
     monkeypatch.setattr(run, "updates", [1, 1, 1])  # level 1's networks as they began
-    play = report.open_loop(run)
-    now, found = report.aims(run)
+    play = diagnose.open_loop(run)
+    now, found = diagnose.aims(run)
     assert [a.level for a in found] == [0, 1]
     shown = [play.truth, play.model, play.seen, now]
     shown += [x for a in found for x in (a.frame, a.state, a.goal, a.now, a.best)]
@@ -155,11 +156,11 @@ def test_learning_curve_shows_references_and_evaluation(run):
 @pytest.mark.parametrize("level", [0, 1])
 def test_now_is_the_reward_of_the_goal_in_force(run, level):
     """The newest of the level's entries up to each moment, sought one by one."""
-    due = report.acting_ages(report.first_flags(run), False, CONFIG.period**level)
+    due = diagnose.acting_ages(diagnose.first_flags(run), False, CONFIG.period**level)
     replay, learner = run.agent.replays[level], run.agent.learners[level]
     n, moments = len(due), np.array([3, 14, 27, 51])
-    aim = report.aim(run, level, due, n, moments)
-    h = report.replayed(run, level, np.arange(n)[None])[1].h[0]
+    aim = diagnose.aim(run, level, due, n, moments)
+    h = diagnose.replayed(run, level, np.arange(n)[None])[1].h[0]
     for moment, now in zip(moments, aim.now, strict=True):
         entry = max(j for j in range(n) if due[j] <= moment)
         code = jax.nn.one_hot(replay.steps.goal[entry], CONFIG.model.code_classes)
@@ -171,29 +172,29 @@ def test_now_is_the_reward_of_the_goal_in_force(run, level):
 def test_acting_ages_by_hand():
     is_first = np.array([0, 1, 0, 0, 0, 0, 0, 1, 0, 0], bool)
     # clocks            ?  0  1  2  3  4  5  0  1  2
-    assert report.acting_ages(is_first, False, 4).tolist() == [1, 5, 6, 7]
-    assert report.acting_ages(is_first, True, 4).tolist() == [1, 5, 6, 7, 9]
-    assert report.acting_ages(is_first, False, 1).tolist() == list(range(1, 10))
+    assert diagnose.acting_ages(is_first, False, 4).tolist() == [1, 5, 6, 7]
+    assert diagnose.acting_ages(is_first, True, 4).tolist() == [1, 5, 6, 7, 9]
+    assert diagnose.acting_ages(is_first, False, 1).tolist() == list(range(1, 10))
 
 
 def test_last_before_by_hand():
     due, moments = np.array([1, 5, 6, 7]), np.array([1, 4, 5, 9])
-    assert report.last_before(due, moments).tolist() == [0, 0, 1, 3]
+    assert diagnose.last_before(due, moments).tolist() == [0, 0, 1, 3]
 
 
 def test_acting_ages_are_those_of_the_tower(run):
     """Flags agree with the level's own replay; goals with the actions that set them."""
-    below = report.first_flags(run)
+    below = diagnose.first_flags(run)
     for level in (1, 2):
         replay, lower = run.agent.replays[level], run.agent.replays[level - 1]
         stride = CONFIG.period**level
-        due = report.acting_ages(below, run.clock == 0, stride)
+        due = diagnose.acting_ages(below, run.clock == 0, stride)
         assert len(due) == run.entries[level] == int(replay.size)
         rows = replay.rows(jnp.arange(replay.size))
         np.testing.assert_array_equal(replay.steps.is_first[rows], below[due])
-        ages = report.acting_ages(below, run.clock == 0, stride // CONFIG.period)
+        ages = diagnose.acting_ages(below, run.clock == 0, stride // CONFIG.period)
         goals = lower.steps.goal[lower.rows(jnp.arange(lower.size))]
-        entry = report.last_before(due, ages)
+        entry = diagnose.last_before(due, ages)
         known = entry + 1 < len(due)
         set_by = replay.steps.action[rows][entry[known] + 1]
         inside = ~below[due][entry[known] + 1]
@@ -203,9 +204,9 @@ def test_acting_ages_are_those_of_the_tower(run):
 
 def test_window_starts_by_hand():
     is_first = np.array([0, 0, 1, 0, 0, 1, 0], bool)
-    assert report.window_starts(is_first, 2).tolist() == [0, 2, 3, 5]
-    assert report.window_starts(is_first, 3).tolist() == [2]
-    assert report.window_starts(is_first, 4).tolist() == []
+    assert diagnose.window_starts(is_first, 2).tolist() == [0, 2, 3, 5]
+    assert diagnose.window_starts(is_first, 3).tolist() == [2]
+    assert diagnose.window_starts(is_first, 4).tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_window_starts_by_hand():
     ],
 )
 def test_nearest_by_hand(goal, S, index, reward):
-    k, best = report.nearest(jnp.array(goal), jnp.array(S))
+    k, best = diagnose.nearest(jnp.array(goal), jnp.array(S))
     assert int(k) == index
     assert float(best) == pytest.approx(reward)
 
@@ -236,19 +237,21 @@ def test_a_goal_that_is_a_state_is_found_and_decoded_as_that_state(run, monkeypa
     """Standardised h and back, for the newest state as everybody's goal."""
     monkeypatch.setattr(run, "updates", [1, 1, 1])
     for level in (0, 1):
-        due = report.acting_ages(report.first_flags(run), False, CONFIG.period**level)
+        due = diagnose.acting_ages(
+            diagnose.first_flags(run), False, CONFIG.period**level
+        )
         n, size = len(due), int(run.agent.replays[level].size)
         ages = size - n + np.arange(n)[None]
         learner = run.agent.learners[level]
-        S = learner.standardiser(report.replayed(run, level, ages)[1].h[0])
+        S = learner.standardiser(diagnose.replayed(run, level, ages)[1].h[0])
         stub = Fixed(S[-1], learner.subactor.autoencoder.code_shape)
         where = lambda agent: agent.learners[level].subactor.autoencoder  # noqa: B023
         monkeypatch.setattr(run, "agent", eqx.tree_at(where, run.agent, stub))
-        aim = report.aims(run)[1][level]
+        aim = diagnose.aims(run)[1][level]
         np.testing.assert_allclose(aim.best, 1, atol=1e-5)
         np.testing.assert_allclose(aim.goal, aim.state, atol=1e-4)
         for frame in aim.frame:
-            np.testing.assert_array_equal(frame, report.frames(run, due[[-1]])[0])
+            np.testing.assert_array_equal(frame, diagnose.frames(run, due[[-1]])[0])
 
 
 def test_decode_down_takes_the_last_of_the_window():
@@ -263,9 +266,9 @@ def test_decode_down_takes_the_last_of_the_window():
         return feat[:4].reshape(2, 2, 1) * feat[4] / 10 - 0.5
 
     z, h = jnp.array([[1.0, 0, 0], [0, 0, 1]]), jnp.zeros(1)
-    picture = report.decode_down((level0, level1), z, h)
+    picture = diagnose.decode_down((level0, level1), z, h)
     np.testing.assert_allclose(picture[..., 0], [[0, 0.2], [0.2, 0]], atol=1e-6)
-    brightest = report.decode_down(
+    brightest = diagnose.decode_down(
         (lambda feat: feat[:4].reshape(2, 2, 1),), z[:, :2], h
     )
     assert float(brightest.max()) == 1  # clipped from 1.5
@@ -335,7 +338,7 @@ def toggle_run(wrong):
 
 def test_open_loop_errors_by_hand():
     """A perfect model errs nowhere; a copy errs by 1 where the light has changed."""
-    play = report.open_loop(toggle_run(wrong=False))
+    play = diagnose.open_loop(toggle_run(wrong=False))
     errors = play.errors()
     assert errors["imagined"].shape == (2, 32)  # the newest, and a context before it
     assert play.context == 8
@@ -348,14 +351,14 @@ def test_open_loop_errors_by_hand():
 
 def test_open_loop_errors_of_a_wrong_model():
     """Every light turned at every step: wrong at all odd ones, after the context."""
-    errors = report.open_loop(toggle_run(wrong=True)).errors()["imagined"]
+    errors = diagnose.open_loop(toggle_run(wrong=True)).errors()["imagined"]
     np.testing.assert_allclose(errors[:, :8], 0, atol=1e-10)
     np.testing.assert_allclose(errors[:, 8:], [[1, 0] * 12] * 2, atol=1e-10)
 
 
 def test_mean_of_all_frames_by_hand():
     truth = np.array([0.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1, 1, 1)
-    play = report.OpenLoop(truth, truth, truth, 1)
+    play = diagnose.OpenLoop(truth, truth, truth, 1)
     np.testing.assert_allclose(play.errors()["mean of all frames"], 0.25)
 
 
@@ -384,4 +387,4 @@ def test_bad_input_is_one_line(argv, capsys, monkeypatch):
 
 def test_shapes_are_checked():
     with pytest.raises(TypeError):
-        report.nearest(jnp.zeros(3), jnp.zeros((2, 4)))
+        diagnose.nearest(jnp.zeros(3), jnp.zeros((2, 4)))
