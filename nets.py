@@ -176,7 +176,10 @@ def neighbours(x: Float[Array, "h w c"]) -> Float[Array, "h1 w1 c4"]:
 
 
 class Down(eqx.Module):
-    """Convolution of stride s: kernel 2s with overlap, kernel s without. (NET 8)"""
+    """Convolution of stride s: kernel 2s with overlap, kernel s without. (NET 8)
+
+    Raises ValueError for overlap with an odd stride.
+    """
 
     linear: eqx.nn.Linear
     stride: int = eqx.field(static=True)
@@ -185,6 +188,8 @@ class Down(eqx.Module):
     def __init__(
         self, inputs: int, outputs: int, stride: int, overlap: bool, key: PRNGKeyArray
     ):
+        if overlap and stride % 2:
+            raise ValueError(f"overlap needs an even stride, not {stride}")
         patch = stride * stride * inputs * (4 if overlap else 1)
         self.linear = eqx.nn.Linear(patch, outputs, key=key)
         self.stride, self.overlap = stride, overlap
@@ -200,7 +205,7 @@ class Down(eqx.Module):
 
 
 class Up(eqx.Module):
-    """Transposed convolution, the mirror of `Down`. (NET 9)
+    """Transposed convolution, the mirror of `Down`; the same ValueError. (NET 9)
 
     Each output channel has one bias, shared by its s×s positions.
     """
@@ -213,6 +218,8 @@ class Up(eqx.Module):
     def __init__(
         self, inputs: int, outputs: int, stride: int, overlap: bool, key: PRNGKeyArray
     ):
+        if overlap and stride % 2:
+            raise ValueError(f"overlap needs an even stride, not {stride}")
         self.linear = eqx.nn.Linear(
             inputs * (4 if overlap else 1),
             stride * stride * outputs,

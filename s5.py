@@ -90,6 +90,14 @@ class DiscreteS5(eqx.Module):
     C_tilde: Complex[Array, "H P"]
     D: Float[Array, " H"]
 
+    @property
+    def states(self) -> int:
+        return self.Lambda_bar.shape[0]
+
+    def discretise(self) -> "DiscreteS5":
+        """Itself: it is discrete already."""
+        return self
+
     def _inputs(self, u: Float[Array, "*T H"]) -> Complex[Array, "*T P"]:
         # Two real products cost half of one complex product with a real input.
         return jax.lax.complex(u @ self.B_bar.real.T, u @ self.B_bar.imag.T)
@@ -175,6 +183,10 @@ class S5(eqx.Module):
         )
         self.scaled = scaled
 
+    @property
+    def states(self) -> int:
+        return self.log_Delta.shape[0]
+
     def discretise(self) -> DiscreteS5:
         """Zero-order hold with the state scale s = Δ^(-1/2), or 1 unscaled. (S5 2)"""
         Delta = jnp.exp(self.log_Delta)
@@ -238,8 +250,7 @@ class S5Stack(eqx.Module):
 
     def init_carry(self) -> Complex[Array, "N P"]:
         """The empty memory x = 0."""
-        states = self.blocks[0].ssm.log_Delta.shape[0]
-        return jnp.zeros((len(self.blocks), states), complex)
+        return jnp.zeros((len(self.blocks), self.blocks[0].ssm.states), complex)
 
     def scan(
         self,

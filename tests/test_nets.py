@@ -400,3 +400,9 @@ def test_window_loss_is_least_at_the_window(key):
 
 
 window_loss = jax.jit(nets.window_loss)
+
+
+@pytest.mark.parametrize("layer", [Down, Up])
+def test_overlap_needs_an_even_stride(layer):
+    with pytest.raises(ValueError, match="even stride, not 3"):
+        layer(1, 1, 3, True, jax.random.key(0))

@@ -67,7 +67,8 @@ def test_metrics_are_means_over_the_interval(run):
 
 
 @pytest.mark.slow
-def test_published_size_updates_every_level_on_a_cpu_within_12_gib(tmp_path):
+@pytest.mark.gpu
+def test_published_size_updates_every_level_within_12_gib_of_the_host(tmp_path):
     """Real frames, every level's own first full batch; minutes of compilation."""
     run = Run.start(train.parse(["--game", "Pong", "--preset", "atari100k"]), tmp_path)
     run.update = lambda: None

@@ -655,3 +655,17 @@ def test_the_published_configuration_has_the_published_size(levels, millions):
     learners = eqx.filter_eval_shape(init).learners
     counts = [count((one.subactor, one.slow_critics)) / 1e6 for one in learners]
     assert [round(n) for n in counts] == millions, counts
+
+
+def test_a_discretised_model_is_still_a_world_model():
+    model, (steps, carry) = world_model(0), draw(0, 0)
+    ready = model.discretise().discretise()
+    same(ready.init_carry().x, model.init_carry().x)
+    first = row(steps, 0)
+
+    @jax.jit
+    def step(model):
+        key = jax.random.key(0)
+        return model.step(carry, first.action, first.is_first, first.obs, key=key)
+
+    close(step(ready).h, step(model).h)

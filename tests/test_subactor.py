@@ -51,7 +51,7 @@ CONFIG = replace(
         code_categoricals=SG,
         code_classes=KG,
     ),
-    trainer=replace(TINY.trainer, horizon=HORIZON, imagination_starts=M),
+    trainer=replace(TINY.trainer, horizon=HORIZON, imagination_starts=M, slow_rate=0.3),
 )
 TRAINER = agent.make_trainer(CONFIG)
 # No scale between a reward and what is learned from it, and other weights.
@@ -602,7 +602,7 @@ def random_rollout(key):
 def trained_before(key):
     """A learner in the middle of training: slow critics, scales, spread of h."""
     critics = learner().subactor.critics
-    noise = lambda x: x + 0.1 * normal(key, *x.shape)
+    noise = lambda x: x + normal(key, *x.shape)
     standardiser = updated(Standardiser(H), normal(key, 50, H), 0.9)[0]
     return eqx.tree_at(
         lambda x: (x.slow_critics, x.return_scale, x.standardiser, x.updates),
@@ -650,14 +650,9 @@ def log_likelihood(logits, value):
     return (1 - position + low) * log_p[low] + (position - low) * log_p[low + 1]
 
 
-def naive_behaviour(trainer, learner, rollout, goal, alive):
-    """(SUB 2) to (SUB 5), (GOAL 1), (GOAL 4) and (GOAL 5) one state after the other."""
-    to64 = lambda x: (
-        np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    )
-    learner, rollout, goal, alive = jax.tree.map(to64, (learner, rollout, goal, alive))
-    subactor, spread = learner.subactor, learner.standardiser
-    code = subactor.autoencoder
+def naive_rewards(learner, rollout, goal):
+    """(GOAL 1), (GOAL 4) and (GOAL 5), extrinsic rewards first."""
+    spread, code = learner.standardiser, learner.subactor.autoencoder
     reward = np.zeros((3, HORIZON, M))
     for tau, m in np.ndindex(HORIZON, M):
         h = rollout.h[tau, m]
@@ -668,8 +663,21 @@ def naive_behaviour(trainer, learner, rollout, goal, alive):
         longest = max(wanted @ wanted, h @ h)
         agreement = max(0, wanted @ h / longest)
         reward[:, tau, m] = rollout.reward[tau, m], agreement, np.mean((h - own) ** 2)
+    return reward
+
+
+def naive_behaviour(trainer, learner, rollout, goal, alive):
+    """(SUB 2) to (SUB 5), one state at a time."""
+    to64 = lambda x: (
+        np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    )
+    learner, rollout, goal, alive = jax.tree.map(to64, (learner, rollout, goal, alive))
+    subactor = learner.subactor
+    reward = naive_rewards(learner, rollout, goal)
     names = ("extrinsic", "subgoal", "novelty")
     gamma, rate = trainer.discount * rollout.cont, trainer.slow_rate
+    past = np.concatenate([np.ones((1, M)), gamma[:-2]])
+    weights = np.asarray(alive) * np.cumprod(past, 0)
     actor_loss, metrics = 0.0, {f"loss_critic_{name}": 0.0 for name in names}
     value, logits = np.zeros((3, HORIZON, M)), np.zeros((3, HORIZON, M, 255))
     target, returns = np.zeros((3, HORIZON, M)), np.zeros((3, HORIZON - 1, M))
@@ -692,10 +700,12 @@ def naive_behaviour(trainer, learner, rollout, goal, alive):
             scale[r] = keep * learner.return_scale[r] + (1 - keep) * (high - low)
         metrics[f"return_scale_{names[r]}"] = scale[r]
         metrics[f"return_{names[r]}"] = returns[r].mean()
-        metrics[f"imagined_{names[r]}"] = reward[r].mean()
+        met = (weights * reward[r, :-1]).sum() / weights.sum()
+        metrics[f"imagined_{names[r]}"] = met
     entropies = []
     for tau, m in np.ndindex(HORIZON - 1, M):
         weight = alive[m] * np.prod(gamma[:tau, m])
+        close(weight, weights[tau, m])
         p = mlp(subactor.actor, rollout.inputs[tau, m], silu).reshape(SG, KG)
         p = 0.99 * softmax(p) + 0.01 / KG
         ln_pi = np.log(p[rollout.action[tau, m] == 1]).sum()
