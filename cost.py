@@ -2,7 +2,7 @@
 
     FLOPs of dot(x, y) = 2 · batch · rows · contracted · columns    (COST 1)
 
-Loops count as often as they run, of a branch the dearer side. Element-wise work is
+Scans count as often as they run, of a branch the dearer side. Element-wise work is
 left out: on the published configuration it is a few per cent.
 """
 
