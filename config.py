@@ -18,8 +18,8 @@ class Between:
     high: float | int = math.inf
 
     def __str__(self) -> str:
-        upto = "" if self.high == math.inf else f" to {self.high:g}"
-        return f"from {self.low:g}{upto}" if upto else f"{self.low:g} or more"
+        upper = "or more" if self.high == math.inf else f"to {self.high:g}"
+        return f"{self.low:g} {upper}"
 
 
 Count = Annotated[int, Between(1)]
