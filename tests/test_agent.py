@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 from test_hieros import N, game, row
-from test_subactor import ACTIONS, CONFIG, PICTURE, QUICK, jit, parts_equal, replace
+from test_subactor import ACTIONS, CONFIG, PICTURE, jit, parts_equal, replace
 
 import agent
 from config import PRESETS
@@ -37,7 +37,7 @@ def act_compiled(config):
     a = fresh(config)
     step = row(jax.tree.map(jnp.asarray, game(0, [N])), 0)
     inputs = (a.subactors, a.tower, a.replays, step, a.key, a.calls)
-    return agent.act_and_store.lower(*inputs, period=config.period).compile(QUICK)
+    return agent.act_and_store.lower(*inputs, period=config.period).compile()
 
 
 def play(config, a, steps):
@@ -70,7 +70,7 @@ def update_compiled(config, level):
     lowered = agent.update.lower(
         a.learners[level], a.replays[level], a.key, level=level, **arguments
     )
-    return lowered.compile(QUICK)
+    return lowered.compile()
 
 
 def update(config, level=0, times=1, updates=0):
@@ -247,7 +247,7 @@ def test_evaluation_acts_alike_and_remembers_nothing():
     step = row(jax.tree.map(jnp.asarray, game(2, [N])), 3)
     _, actions = play(FLAT, a, jax.tree.map(lambda x: x[None], step))
     inputs = (a.subactors, a.tower, step, jax.random.fold_in(a.key, 0), a.calls)
-    act_only = agent.act_only.lower(*inputs, period=2).compile(QUICK)
+    act_only = agent.act_only.lower(*inputs, period=2).compile()
     action, tower = act_only(*inputs)
     assert [int(action)] == actions and tower.clock == a.tower.clock + 1
     assert not a.tower.clock.is_deleted()

@@ -24,12 +24,7 @@ from s5wm import Carry, Latent, Transition
 from subactor import Rollout, Subactor, imagine, lambda_return
 from subgoal import Autoencoder, Standardiser, autoencoder_loss, subgoal_reward
 
-# Halves the compilation that nearly all the time of these tests goes into.
-QUICK = {
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-jit = partial(jax.jit, compiler_options=QUICK)
+jit = jax.jit
 S, K, H, SG, KG, M, HORIZON, ACTIONS, PICTURE = 3, 4, 8, 2, 5, 6, 5, 3, (3, 3, 1)
 CONFIG = replace(
     TINY,
