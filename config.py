@@ -138,7 +138,7 @@ class Config:
     minatar/NAME."""
     preset: Literal["atari100k", "cpu", "minatar", "probe", "tiny"] = "atari100k"
     """Named settings; other flags change them. Default: atari100k where JAX finds an
-    accelerator, otherwise cpu."""
+    accelerator, otherwise cpu; probe and minatar for their own games."""
     seed: Natural = 0
     """Seeds environment, networks, replay and policy (official: seed,
     without effect, Δ4)."""

@@ -164,18 +164,18 @@ def main(
         for arm in STUDIES[study]
     }
     Path("runs/studies").mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     run_all(
         [
             (f"{STUDIES[study][arm]} --seed {seed}", folder)
             for seed in range(seeds)
             for arm, folder in ((arm, runs[seed]) for arm, runs in folders.items())
         ]
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
     )
     found = {
         "command": f"python studies.py {study} --seeds {seeds}",
