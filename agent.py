@@ -153,20 +153,30 @@ def make_trainer(config: Config) -> Trainer:
     return Trainer(**asdict(config.trainer))
 
 
+def init_learners(
+    config: Config, obs_shape: tuple, actions: int
+) -> tuple[Learner, ...]:
+    """All levels, untrained, lowest first."""
+    model_key, _ = jax.random.split(jax.random.key(config.seed))
+    keys = jax.random.split(model_key, config.levels)
+    trainer = make_trainer(config)
+
+    def init(level):
+        subactor = make_subactor(config, level, obs_shape, actions, keys[level])
+        return trainer.init(subactor, config.model.features)
+
+    return tuple(map(init, range(config.levels)))
+
+
 def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
     A level's replay has room for every step of the run, unless `capacity` is less.
     """
-    key = jax.random.key(config.seed)
-    model_key, run_key = jax.random.split(key)
-    keys = jax.random.split(model_key, config.levels)
-    subactors = tuple(
-        make_subactor(config, i, obs_shape, actions, k) for i, k in enumerate(keys)
-    )
-    trainer = make_trainer(config)
-    learners = tuple(trainer.init(s, config.model.features) for s in subactors)
+    learners = init_learners(config, obs_shape, actions)
+    subactors = tuple(learner.subactor for learner in learners)
     tower = init_state(subactors, config.period)
+    _, run_key = jax.random.split(jax.random.key(config.seed))
 
     def replay(level):
         state, subactor = tower.levels[level], subactors[level]

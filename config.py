@@ -313,3 +313,17 @@ def find_bounds(hint) -> set[Between]:
     for inner in getattr(hint, "__args__", ()):
         found |= find_bounds(inner)
     return found
+
+
+def from_json(values: dict, default=ATARI100K):
+    """The settings that `json.dumps(asdict(config))` described.
+
+    Raises KeyError, TypeError or AttributeError where the fields are others.
+    """
+    changes = {}
+    for f in fields(default):
+        value, old = values[f.name], getattr(default, f.name)
+        if is_dataclass(old):
+            value = from_json(value, old)
+        changes[f.name] = tuple(value) if isinstance(value, list) else value
+    return replace(default, **changes)

@@ -26,10 +26,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 import atari
-import checkpoint
 import probes
 from diagnose import STATES, Aim, OpenLoop, Pictures, aims, open_loop
-from run import Run, UsageError
+from run import Run, UsageError, keep_compiled, load
 
 GREY, LINES = "#666666", ("-", "--", ":")
 # Okabe and Ito's palette: colours that everybody can tell apart.
@@ -388,33 +387,16 @@ def draw(run: Run) -> list[Path]:
     return paths
 
 
-def load(folder: Path) -> Run:
-    """A run from its newest good checkpoint; changes nothing. Raises UsageError."""
-    import train  # noqa: PLC0415, train imports this module
-
-    train.keep_compiled()
-    # Restoring cuts the metrics.jsonl of the run's own folder: here there is none.
-    run = Run.start(train.load_config(folder), folder / "pictures")
-    for path in checkpoint.checkpoints(folder / "checkpoint"):
-        try:
-            run.restore(path)
-        except checkpoint.CheckpointError as error:
-            print(f"report.py: {error}; trying the one before", file=sys.stderr)
-            continue
-        run.folder = folder
-        return run
-    raise UsageError(f"{folder} has no usable checkpoint")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if len(argv) != 1:
             raise UsageError("give one run folder: python report.py RUN_DIR")
+        keep_compiled()
         run = load(Path(argv[0]))
     except UsageError as error:
-        print(f"report.py: {str(error).removeprefix('--resume ')}", file=sys.stderr)
+        print(f"report.py: {error}", file=sys.stderr)
         return 2
     print(*draw(run), sep="\n")
     return 0

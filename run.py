@@ -9,6 +9,7 @@ Differs from the official code in: Δ2 the reward of an episode's last step is k
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,10 +26,11 @@ import atari
 import checkpoint
 import minatar_env
 import probes
-from agent import Agent, act_and_store, act_only, init_agent, update
-from config import Config
+from agent import Agent, act_and_store, act_only, init_agent, init_learners, update
+from config import Config, from_json
 from cost import flops, update_arguments
 from hieros import EnvStep, init_state
+from subactor import Learner, Subactor
 
 EVAL_SEED = 1_000_000
 COUNTS = (
@@ -320,7 +322,11 @@ def fill(template, arrays: dict[str, np.ndarray], path: Path):
 
 
 def evaluate(
-    config: Config, agent: Agent, episodes: int, *, watch: Callable | None = None
+    config: Config,
+    subactors: tuple[Subactor, ...],
+    episodes: int,
+    *,
+    watch: Callable | None = None,
 ) -> list[float]:
     """Returns of episodes with the trained policy, sampled, and a state of its own.
 
@@ -329,13 +335,13 @@ def evaluate(
     """
     env = make_env(config, EVAL_SEED + config.seed)
     key = jax.random.key(EVAL_SEED + config.seed)
-    tower, returns, calls = init_state(agent.subactors, config.period), [], 0
+    tower, returns, calls = init_state(subactors, config.period), [], 0
     for _ in range(episodes):
         seen, total = env_step(env.reset()[0], first=True), 0.0
         while not seen.is_last:
             calls += 1
             action, tower = act_only(
-                agent.subactors, tower, seen, key, np.int32(calls), period=config.period
+                subactors, tower, seen, key, np.int32(calls), period=config.period
             )
             obs, reward, terminated, truncated, _ = env.step(int(action))
             total += float(reward)
@@ -344,3 +350,88 @@ def evaluate(
         if watch is not None:
             watch(total)
     return returns
+
+
+def keep_compiled() -> None:
+    """Compiled programs stay on disk, unless JAX was told where: starts in seconds."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(home, "hieros-jax")))
+
+
+def load_config(folder: Path) -> Config:
+    """The settings of a run folder. Raises UsageError where there are none."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{folder} is not a run folder") from None
+    try:
+        return from_json(saved)
+    except (TypeError, KeyError, AttributeError):
+        raise UsageError(
+            f"{folder} was written by another version of this program"
+        ) from None
+
+
+def load(folder: Path) -> Run:
+    """A run from its newest good checkpoint, to look at. Raises UsageError.
+
+    Nothing in the folder is changed.
+    """
+    # Restoring cuts the metrics.jsonl of the run's own folder: here there is none.
+    run = Run.start(load_config(folder), folder / "pictures")
+    for path in checkpoint.checkpoints(folder / "checkpoint"):
+        try:
+            run.restore(path)
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; trying the one before", file=sys.stderr)
+            continue
+        run.folder = folder
+        return run
+    raise UsageError(f"{folder} has no usable checkpoint")
+
+
+def save_weights(path: Path, config: Config, learners: tuple[Learner, ...]) -> None:
+    """A file of what acting and imagining need: no optimisers, no replay."""
+    checkpoint.write(
+        path, named({"learners": without_adam(learners)}), {"config": asdict(config)}
+    )
+
+
+def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:
+    """Settings and trained levels, lowest first, their optimisers None.
+
+    `path` is a run folder, whose newest good checkpoint is read, or a file of
+    `save_weights`. Raises UsageError or CheckpointError.
+    """
+    newest = checkpoint.checkpoints(path / "checkpoint") if path.is_dir() else [path]
+    for file in newest:
+        try:
+            arrays, meta = checkpoint.read(file)
+            break
+        except checkpoint.CheckpointError as error:
+            if file == newest[-1]:
+                raise
+            print(f"{error}; trying the one before", file=sys.stderr)
+    else:
+        raise UsageError(f"{path} has no checkpoint")
+    config = from_json(meta["config"])
+    env = make_env(config, config.seed)
+    actions = int(env.action_space.n)
+    learners = init_learners(config, env.observation_space.shape, actions)
+    template = {"learners": without_adam(learners)}
+    return config, fill(template, arrays, file)["learners"]
+
+
+def without_adam(learners: tuple[Learner, ...]) -> tuple[Learner, ...]:
+    """The levels as they act and imagine."""
+    optimisers = lambda x: (
+        x.world_model_adam,
+        x.actor_adam,
+        x.critics_adam,
+        x.autoencoder_adam,
+    )
+    is_none = lambda x: x is None
+    nothing = (None, None, None, None)
+    strip = lambda x: eqx.tree_at(optimisers, x, nothing, is_leaf=is_none)
+    return tuple(map(strip, learners))

@@ -30,7 +30,7 @@ import minatar_env
 import probes
 import report
 from config import PRESETS, Config, out_of_bounds
-from run import Diverged, Run, UsageError, evaluate
+from run import Diverged, Run, UsageError, evaluate, keep_compiled, load_config
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
@@ -44,7 +44,10 @@ def parse(argv: list[str]) -> Config:
     named |= dict(a.split("=", 1) for a in argv if a.startswith("--") and "=" in a)
     if "--resume" in named:
         folder = Path(named["--resume"])
-        saved = replace(load_config(folder), resume=str(folder))
+        try:
+            saved = replace(load_config(folder), resume=str(folder))
+        except UsageError as error:
+            raise UsageError(f"--resume {error}") from None
         config = ask_tyro(argv, saved)
         changed = differences(saved, config)
         if forbidden := [line for name, line in changed if name not in MAY_CHANGE]:
@@ -136,31 +139,6 @@ def check(config: Config) -> None:
     ):
         if not holds:
             raise UsageError(complaint)
-
-
-def load_config(folder: Path) -> Config:
-    """The settings of a run folder. Raises UsageError where there are none."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UsageError(f"--resume {folder} is not a run folder") from None
-    try:
-        return rebuild(PRESETS["atari100k"], saved)
-    except (TypeError, KeyError, AttributeError):
-        raise UsageError(
-            f"--resume {folder} was written by another version of this program"
-        ) from None
-
-
-def rebuild(default, values: dict):
-    """A frozen dataclass from the JSON of `asdict`: tuples and nesting restored."""
-    changes = {}
-    for f in fields(default):
-        value, old = values[f.name], getattr(default, f.name)
-        if is_dataclass(old):
-            value = rebuild(old, value)
-        changes[f.name] = tuple(value) if isinstance(value, list) else value
-    return replace(default, **changes)
 
 
 class Interrupted(Exception):
@@ -269,7 +247,9 @@ def finish(run: Run, stop: Stop) -> dict:
             if stop.asked:
                 raise Interrupted
 
-        scores = evaluate(config, run.agent, config.eval_episodes, watch=watch)
+        scores = evaluate(
+            config, run.agent.subactors, config.eval_episodes, watch=watch
+        )
     late = [value for step, value in run.returns if step > 0.9 * config.steps]
     reference = atari.scores().get(config.game, {"random": None, "human": None})
     low, high = reference["random"], reference["human"]
@@ -326,13 +306,6 @@ def show(result: dict) -> None:
     texts = ["-" if x is None else f"{x:.3g}" for x in cells]
     print(f"{'game':>16}" + "".join(f"{name:>13}" for name in names))
     print(f"{result['game']:>16}" + "".join(f"{text:>13}" for text in texts))
-
-
-def keep_compiled() -> None:
-    """Compiled programs stay on disk, unless JAX was told where: starts in seconds."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(home, "hieros-jax")))
 
 
 def main(argv: list[str] | None = None) -> int:

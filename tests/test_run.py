@@ -2,12 +2,14 @@
 
 import resource
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
 import train
-from run import Run, evaluate
+from checkpoint import CheckpointError
+from run import Run, UsageError, evaluate, load_weights, save_weights
 
 TINY = ["--preset", "tiny"]
 
@@ -45,9 +47,9 @@ def test_updates_per_own_step_once_a_window_is_there(run):
 def test_evaluation_leaves_the_run_alone(run):
     before = jax.tree.map(np.array, run.device_state())
     state = {name: x.copy() for name, x in run.env.get_state().items()}
-    returns = evaluate(run.config, run.agent, 3)
+    returns = evaluate(run.config, run.agent.subactors, 3)
     assert set(returns) <= {-1.0, 1.0}
-    assert returns == evaluate(run.config, run.agent, 3)
+    assert returns == evaluate(run.config, run.agent.subactors, 3)
     same = jax.tree.map(np.array_equal, before, run.device_state())
     assert all(jax.tree.leaves(same))
     after = run.env.get_state()
@@ -87,3 +89,23 @@ def test_published_size_updates_every_level_within_12_gib_of_the_host(tmp_path):
     assert run.log()["level2/kl"] >= 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert peak < 12, f"{peak:.1f} GiB"
+
+
+def test_weights_file_acts_as_the_run_does(run, tmp_path):
+    path = tmp_path / "weights.ckpt"
+    save_weights(path, run.config, run.agent.learners)
+    config, learners = load_weights(path)
+    assert config == run.config
+    assert path.stat().st_size < 5e6
+    subactors = tuple(x.subactor for x in learners)
+    assert eqx.tree_equal(subactors, run.agent.subactors)
+    assert learners[0].world_model_adam is None
+
+
+def test_weights_of_a_file_that_holds_none_are_refused(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        load_weights(tmp_path)
+    (tmp_path / "file").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_weights(tmp_path / "file")

@@ -16,7 +16,7 @@ import pytest
 import checkpoint
 import train
 from config import PRESETS, Config
-from run import Run
+from run import Run, load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, says, capsys, tmp_path):
 def test_configuration_survives_json(preset, tmp_path):
     config = replace(PRESETS[preset], seed=3)
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    assert train.load_config(tmp_path) == config
+    assert load_config(tmp_path) == config
 
 
 def test_published_configuration():
