@@ -3,6 +3,7 @@
     act_and_store   the whole tower takes one agent step and remembers it
     update          one level samples, learns, imagines and writes its carries back
 
+Of several seeds every array has one more axis in front, N, and both calls are vmapped.
 Keys are derived, not stored: acting folds the number of the call into the run's key,
 an update the number of the update, so a resumed run continues the same streams.
 
@@ -15,11 +16,12 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 from config import Config, ModelConfig
 from etbs import Replay, load_carry, store_carry
-from hieros import EnvStep, TowerState, act, init_state, remember
+from hieros import EnvStep, TowerState, act, init_state, remember, where
 from nets import (
     BINS,
     MLP,
@@ -35,6 +37,22 @@ from s5wm import S5WM, Heads, Transition
 from subactor import Learner, Subactor, Trainer
 from subgoal import Autoencoder
 
+# What matrices are rounded to when they meet; sums, parameters, states and losses are
+# float32 in both.
+PRECISIONS = {"float32": "highest", "bfloat16": "BF16_BF16_F32"}
+
+
+def precision_here(name: str) -> str:
+    """`auto` is bfloat16 on an accelerator, float32 on a CPU."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def matmul_precision(name: str):
+    """Context in which programs are traced."""
+    return jax.default_matmul_precision(PRECISIONS[precision_here(name)])
+
 
 class Agent(eqx.Module):
     """Everything of a run that lives on the device; levels lowest first."""
@@ -42,8 +60,8 @@ class Agent(eqx.Module):
     learners: tuple[Learner, ...]
     replays: tuple[Replay, ...]
     tower: TowerState
-    calls: Int[Array, ""]
-    key: PRNGKeyArray
+    calls: Int[Array, "*N"]
+    key: Key[Array, "*N"]
 
     @property
     def subactors(self) -> tuple[Subactor, ...]:
@@ -154,11 +172,10 @@ def make_trainer(config: Config) -> Trainer:
 
 
 def init_learners(
-    config: Config, obs_shape: tuple, actions: int
+    config: Config, obs_shape: tuple, actions: int, *, key: PRNGKeyArray
 ) -> tuple[Learner, ...]:
     """All levels, untrained, lowest first."""
-    model_key, _ = jax.random.split(jax.random.key(config.seed))
-    keys = jax.random.split(model_key, config.levels)
+    keys = jax.random.split(key, config.levels)
     trainer = make_trainer(config)
 
     def init(level):
@@ -168,15 +185,15 @@ def init_learners(
     return tuple(map(init, range(config.levels)))
 
 
-def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
+def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
     A level's replay has room for every step of the run, unless `capacity` is less.
     """
-    learners = init_learners(config, obs_shape, actions)
+    model_key, run_key = jax.random.split(jax.random.key(seed))
+    learners = init_learners(config, obs_shape, actions, key=model_key)
     subactors = tuple(learner.subactor for learner in learners)
     tower = init_state(subactors, config.period)
-    _, run_key = jax.random.split(jax.random.key(config.seed))
 
     def replay(level):
         state, subactor = tower.levels[level], subactors[level]
@@ -197,24 +214,63 @@ def init_agent(config: Config, obs_shape: tuple, actions: int) -> Agent:
     return Agent(learners, replays, tower, jnp.array(0, jnp.int32), run_key)
 
 
-@partial(jax.jit, static_argnames="period", donate_argnames=("tower", "replays"))
+def init_agents(config: Config, obs_shape: tuple, actions: int) -> Agent:
+    """One agent, or `config.seeds` of them stacked along a leading axis."""
+    init = partial(init_agent, config, obs_shape, actions)
+    if config.seeds == 1:
+        return init(config.seed)
+    return jax.vmap(init)(config.seed + jnp.arange(config.seeds))
+
+
+def of_seed(tree, seed: int, seeds: int):
+    """One seed's part of what is stacked over `seeds`; of one seed, everything."""
+    return tree if seeds == 1 else jax.tree.map(lambda x: x[seed], tree)
+
+
+def over_seeds(trees: list):
+    """Inverse of `of_seed`: stacked over seeds, unless there is but one."""
+    if len(trees) == 1:
+        return trees[0]
+    stack = lambda x: np.stack(x) if isinstance(x[0], np.ndarray) else jnp.stack(x)
+    return jax.tree.map(lambda *x: stack(x), *trees)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("period", "precision", "seeds"),
+    donate_argnames=("tower", "replays"),
+)
 def act_and_store(
     subactors: tuple[Subactor, ...],
     tower: TowerState,
     replays: tuple[Replay, ...],
     step: EnvStep,
-    key: PRNGKeyArray,
-    calls: Int[Array, ""],
+    active: Bool[Array, "*N"],
+    key: Key[Array, "*N"],
+    calls: Int[Array, "*N"],
     *,
     period: int,
-) -> tuple[UInt8[Array, ""], TowerState, tuple[Replay, ...], Int[Array, ""]]:
-    """The action, and what has changed: tower, replays, number of calls."""
-    key = jax.random.fold_in(jax.random.fold_in(key, 0), calls)
-    tower, action, acted = act(subactors, tower, step, period=period, key=key)
-    return action, tower, remember(replays, acted), calls + 1
+    precision: str = "auto",
+    seeds: int = 1,
+) -> tuple[UInt8[Array, "*N"], TowerState, tuple[Replay, ...], Int[Array, "*N"]]:
+    """The action, and what has changed: tower, replays, number of calls.
+
+    Nothing changes where not `active`: of several seeds some may be done with an
+    episode while others are in the middle.
+    """
+
+    def one(subactors, tower, replays, step, active, key, calls):
+        key = jax.random.fold_in(jax.random.fold_in(key, 0), calls)
+        after, action, acted = act(subactors, tower, step, period=period, key=key)
+        replays = remember(replays, acted, active)
+        return action, where(active, after, tower), replays, calls + active
+
+    with matmul_precision(precision):
+        call = one if seeds == 1 else jax.vmap(one)
+        return call(subactors, tower, replays, step, active, key, calls)
 
 
-@partial(jax.jit, static_argnames="period")
+@partial(jax.jit, static_argnames=("period", "precision"))
 def act_only(
     subactors: tuple[Subactor, ...],
     tower: TowerState,
@@ -223,22 +279,27 @@ def act_only(
     calls: Int[Array, ""],
     *,
     period: int,
+    precision: str = "auto",
 ) -> tuple[UInt8[Array, ""], TowerState]:
     """The action without remembering it: evaluation, with a tower of its own."""
     key = jax.random.fold_in(key, calls)
-    tower, action, _ = act(subactors, tower, step, period=period, key=key)
+    with matmul_precision(precision):
+        tower, action, _ = act(subactors, tower, step, period=period, key=key)
     return action, tower
 
 
 @partial(
     jax.jit,
-    static_argnames=("trainer", "level", "batch", "length", "sampler", "tau", "carry"),
+    static_argnames=(
+        *("trainer", "level", "batch", "length", "sampler", "tau", "carry"),
+        *("precision", "seeds"),
+    ),
     donate_argnames=("learner", "replay"),
 )
 def update(
     learner: Learner,
     replay: Replay,
-    key: PRNGKeyArray,
+    key: Key[Array, "*N"],
     *,
     trainer: Trainer,
     level: int,
@@ -247,14 +308,21 @@ def update(
     sampler: str,
     tau: float,
     carry: str,
-) -> tuple[Learner, Replay, dict[str, Float[Array, ""]]]:
+    precision: str = "auto",
+    seeds: int = 1,
+) -> tuple[Learner, Replay, dict[str, Float[Array, "*N"]]]:
     """Samples windows, trains one level on them, writes their new carries back."""
-    key = jax.random.fold_in(jax.random.fold_in(key, 1 + level), learner.updates)
-    sample_key, learn_key = jax.random.split(key)
-    replay, rows = replay.sample(batch, length, sampler, tau, key=sample_key)
-    steps, before = replay.windows(rows, carry)
-    classes = learner.subactor.world_model.z_shape[1]
-    learner, carries, metrics = trainer.update(
-        learner, steps, load_carry(before, classes), key=learn_key
-    )
-    return learner, replay.refresh(rows, store_carry(carries)), metrics
+
+    def one(learner, replay, key):
+        key = jax.random.fold_in(jax.random.fold_in(key, 1 + level), learner.updates)
+        sample_key, learn_key = jax.random.split(key)
+        replay, rows = replay.sample(batch, length, sampler, tau, key=sample_key)
+        steps, before = replay.windows(rows, carry)
+        classes = learner.subactor.world_model.z_shape[1]
+        learner, carries, metrics = trainer.update(
+            learner, steps, load_carry(before, classes), key=learn_key
+        )
+        return learner, replay.refresh(rows, store_carry(carries)), metrics
+
+    with matmul_precision(precision):
+        return (one if seeds == 1 else jax.vmap(one))(learner, replay, key)

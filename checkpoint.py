@@ -20,6 +20,8 @@ import os
 import zlib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 MAGIC = b"HIEROS\x00"
@@ -163,19 +165,23 @@ class Rings:
         self.folder = folder
         self.segments = segments or {}
 
-    def append(self, name: str, rows: dict[str, np.ndarray], total: int) -> None:
-        """Saves what buffer `name` gained up to its entry `total`."""
-        capacity = next(iter(rows.values())).shape[0] - 1
+    def unsaved(self, name: str, total: int, capacity: int) -> np.ndarray:
+        """Rows of what buffer `name` gained up to its entry `total`."""
+        chain = self.segments.get(name)
+        start = max(chain[-1]["end"] if chain else 0, total - capacity, 0)
+        return np.arange(start, total) % capacity
+
+    def append(
+        self, name: str, rows: dict[str, np.ndarray], total: int, capacity: int
+    ) -> None:
+        """Saves the `unsaved` rows of buffer `name`, whose last entry is `total`."""
         chain = self.segments.setdefault(name, [])
-        oldest = max(0, total - capacity)
-        start = max(chain[-1]["end"] if chain else 0, oldest)
+        start = total - len(next(iter(rows.values())))
         if start < total:
-            index = np.arange(start, total) % capacity
             file = f"{name}-{start:09d}-{total:09d}.seg"
-            arrays = {key: ring[index] for key, ring in rows.items()}
-            digest = write(self.folder / file, arrays, {})
+            digest = write(self.folder / file, rows, {})
             chain.append({"file": file, "end": total, "start": start, "sha256": digest})
-        self.segments[name] = [s for s in chain if s["end"] > oldest]
+        self.segments[name] = [s for s in chain if s["end"] > total - capacity]
 
     def restore(self, name: str, rows: dict[str, np.ndarray]) -> None:
         """Fills writable arrays with the saved rows of buffer `name`."""
@@ -192,19 +198,37 @@ class Rings:
                 ring[index] = arrays[key]
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(run_folder: Path) -> list[Path]:
     """Checkpoint files of a run, newest first."""
-    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+    return sorted((run_folder / "checkpoint").glob("step-*.ckpt"), reverse=True)
+
+
+def path_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of an agent step lies."""
+    return run_folder / "checkpoint" / f"step-{step:09d}.ckpt"
+
+
+def step_of(path: Path) -> int:
+    """Inverse of `path_of`."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def save(
-    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict, rings: Rings
-) -> Path:
-    """Writes the checkpoint of a step, then drops all but the newest KEEP. OSError."""
-    path = folder / f"step-{step:09d}.ckpt"
+    run_folder: Path,
+    step: int,
+    arrays: dict[str, np.ndarray],
+    meta: dict,
+    rings: Rings,
+) -> None:
+    """Writes the checkpoint of a step; older ones stay. Raises OSError."""
+    path = path_of(run_folder, step)
     write(path, arrays, meta | {"segments": rings.segments})
+
+
+def prune(run_folder: Path) -> None:
+    """Drops all but the newest KEEP good checkpoints, and segments nobody needs."""
     good, needed = 0, set()
-    for old in checkpoints(folder):
+    for old in checkpoints(run_folder):
         try:
             segments = read_header(old)[1]["segments"] if good < KEEP else {}
         except CheckpointError:
@@ -213,7 +237,30 @@ def save(
         needed |= {s["file"] for chain in segments.values() for s in chain}
         if good > KEEP:
             old.unlink()
-    for segment in folder.glob("*.seg"):
+    for segment in (run_folder / "checkpoint").glob("*.seg"):
         if segment.name not in needed:
             segment.unlink()
-    return path
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    """Leaves by their path. Typed keys never occur: they follow from the seed."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def fill(template, arrays: dict[str, np.ndarray], path: Path):
+    """The template with its leaves replaced by name. Raises CheckpointError."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(template)
+    values = []
+    for key, old in leaves:
+        new = arrays.get(jax.tree_util.keystr(key))
+        if new is None or new.shape != old.shape or new.dtype != old.dtype:
+            raise CheckpointError(f"{path} belongs to another configuration")
+        values.append(jnp.array(new))
+    return jax.tree_util.tree_unflatten(tree, values)
+
+
+def prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin so, without that beginning."""
+    n = len(prefix)
+    return {name[n:]: x for name, x in arrays.items() if name.startswith(prefix)}

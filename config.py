@@ -142,6 +142,12 @@ class Config:
     seed: Natural = 0
     """Seeds environment, networks, replay and policy (official: seed,
     without effect, Δ4)."""
+    seeds: Annotated[int, Between(1, 64)] = 1
+    """N, independent runs in one process, of seeds `seed` to `seed` + N - 1, their
+    computations batched; each has its own run folder inside the common one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrix products round their inputs to; everything else is float32. Default:
+    bfloat16 on an accelerator, float32 on a CPU."""
     steps: Count = 100_000
     """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
     eval_episodes: Natural = 100
@@ -155,7 +161,8 @@ class Config:
     carry: Literal["stored", "zero"] = "stored"
     """State a window starts from: that of the step before, or none (Δ21)."""
     run_dir: str | None = None
-    """Folder of the run. Default: runs/GAME-PRESET-SEED."""
+    """Folder of the run. Default: runs/GAME-PRESET-SEED, of several seeds
+    runs/GAME-PRESET-SEED-to-SEED."""
     resume: str | None = None
     """Run folder to continue; its settings are used."""
     period: Annotated[int, Between(2)] = 4

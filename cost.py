@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from agent import init_agent, make_trainer, update
+from agent import init_agents, make_trainer, update
 from config import Config
 
 
@@ -67,12 +67,14 @@ def update_arguments(config: Config) -> dict:
         "sampler": config.sampler,
         "tau": config.tau,
         "carry": config.carry,
+        "precision": config.precision,
+        "seeds": config.seeds,
     }
 
 
 def update_flops(config: Config, obs_shape: tuple, actions: int) -> list[float]:
     """FLOPs of one update per level, traced without computing or allocating."""
-    agent = jax.eval_shape(partial(init_agent, config, obs_shape, actions))
+    agent = jax.eval_shape(partial(init_agents, config, obs_shape, actions))
     totals = []
     for level, (learner, replay) in enumerate(
         zip(agent.learners, agent.replays, strict=True)

@@ -227,7 +227,7 @@ def aim(run: Run, level: int, due: Ages, entries: int, moments: Ages) -> Aim:
 
 def aims(run: Run) -> tuple[Pictures, list[Aim]] | None:
     """Frames at recent moments and the goals in force then; None without any."""
-    config, ended, is_first = run.config, run.clock == 0, first_flags(run)
+    config, ended, is_first = run.config, run.game.clock == 0, first_flags(run)
     levels = [i for i in range(config.levels - 1) if run.updates[i]]
     due = [acting_ages(is_first, ended, config.period**i) for i in levels]
     sizes = [int(run.agent.replays[i].size) for i in levels]

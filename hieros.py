@@ -203,10 +203,12 @@ def if_acting(condition: Bool[Array, ""], compute):
 
 
 def remember(
-    replays: tuple[Replay, ...], acted: tuple[Acted, ...]
+    replays: tuple[Replay, ...],
+    acted: tuple[Acted, ...],
+    active: Bool[Array, ""] | bool = True,
 ) -> tuple[Replay, ...]:
-    """Every level that acted writes one entry to its own replay."""
+    """Every level that acted writes one entry to its own replay, if `active`."""
     return tuple(
-        replay.add(level.step, store_carry(level.latent.carry), level.acts)
+        replay.add(level.step, store_carry(level.latent.carry), level.acts & active)
         for replay, level in zip(replays, acted, strict=True)
     )

@@ -28,7 +28,8 @@ from matplotlib.ticker import LogLocator
 import atari
 import probes
 from diagnose import STATES, Aim, OpenLoop, Pictures, aims, open_loop
-from run import Run, UsageError, keep_compiled, load
+from game import UsageError
+from run import Run, keep_compiled, load
 
 GREY, LINES = "#666666", ("-", "--", ":")
 # Okabe and Ito's palette: colours that everybody can tell apart.
@@ -214,7 +215,9 @@ def references(run: Run) -> dict[str, float | None]:
     """Known scores of the game: random and human, or random and best of a probe."""
     game = run.config.game
     if game in probes.PROBES:
-        return dict(zip(("random", "best"), probes.scores(run.env.rules), strict=True))
+        return dict(
+            zip(("random", "best"), probes.scores(run.game.env.rules), strict=True)
+        )
     scores = atari.scores().get(game, {})
     return {name: scores.get(name) for name in ("random", "human")}
 

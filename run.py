@@ -1,10 +1,8 @@
-"""A run in progress: the loop between tower and game, and what a checkpoint holds.
+"""A run in progress: the loop between tower and games, and what a checkpoint holds.
 
 One agent step: the tower acts and remembers (one jitted call), every update that has
 fallen due is dispatched, and while the device works the emulator takes its step.
-
-Differs from the official code in: Δ2 the reward of an episode's last step is kept,
-Δ3 a time-out is not a terminal.
+Several seeds go in lockstep: the same two calls, vmapped.
 """
 
 import json
@@ -12,61 +10,37 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import equinox as eqx
-import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import atari
 import checkpoint
-import minatar_env
-import probes
-from agent import Agent, act_and_store, act_only, init_agent, init_learners, update
+from agent import (
+    Agent,
+    act_and_store,
+    act_only,
+    init_agents,
+    init_learners,
+    of_seed,
+    over_seeds,
+    update,
+)
 from config import Config, from_json
 from cost import flops, update_arguments
-from hieros import EnvStep, init_state
+from game import COUNTS, Game, UsageError, env_step, make_env
+from hieros import init_state
 from subactor import Learner, Subactor
 
 EVAL_SEED = 1_000_000
-COUNTS = (
-    *("step", "clock", "episode_return", "episode_length"),
-    *("entries", "debts", "updates", "seconds"),
-)
-
-
-class UsageError(Exception):
-    """Bad input; the message names the flag and the remedy."""
 
 
 class Diverged(Exception):
     """A loss, gradient or statistic is not finite."""
-
-
-def make_env(config: Config, seed: int) -> gymnasium.Env:
-    """The environment of a run. Raises UsageError where it cannot be had."""
-    if config.game.startswith("minatar/"):
-        try:
-            return minatar_env.make(config.game, seed=seed)
-        except ImportError as error:
-            raise UsageError(f"--game {config.game}: {error}") from None
-    if config.game in probes.PROBES:
-        options = {"delay": config.env.delay} if config.game == "recall" else {}
-        return probes.make(config.game, seed=seed, **options)
-    env = config.env
-    return atari.make(
-        config.game, seed=seed, noops=env.noops, size=env.size, gray=env.gray
-    )
-
-
-def env_step(obs, reward=0.0, first=False, last=False, terminal=False) -> EnvStep:
-    """An observation on the host; acting takes it to the device, once."""
-    flags = (np.array(flag) for flag in (first, last, terminal))
-    return EnvStep(obs, np.array(reward, np.float32), *flags)
 
 
 @jax.jit
@@ -76,102 +50,102 @@ def add(total, new):
 
 @dataclass
 class Run:
-    """A run in progress: the agent on the device, the game, and what is counted.
+    """One seed, or several in lockstep: the agent on the device and their games.
 
-    `entries` are what each level's replay was given, `debts` fractions of updates that
-    are due, `pending` sums of metrics since the last line, `returns` of all episodes.
+    Arrays of `agent` and `pending`, the sums of metrics since the last line, have an
+    axis of seeds in front if there are several.
     """
 
     config: Config
     folder: Path
-    env: gymnasium.Env
+    games: list[Game]
     agent: Agent
-    seen: EnvStep
+    updates: list[int]
+    pending: list[tuple[int, dict]]
     step: int = 0
-    clock: int = 0
-    episode_return: float = 0.0
-    episode_length: int = 0
     seconds: float = 0.0
-    entries: list[int] = field(default_factory=list)
-    debts: list[float] = field(default_factory=list)
-    updates: list[int] = field(default_factory=list)
-    pending: list[tuple[int, dict]] = field(default_factory=list)
-    returns: list[tuple[int, float]] = field(default_factory=list)
-    rings: checkpoint.Rings | None = None
 
     @classmethod
     def start(cls, config: Config, folder: Path) -> "Run":
-        """A run before its first step, with its folder."""
-        env = make_env(config, config.seed)
-        shape = env.observation_space.shape
-        total = int(np.prod(config.model.strides))
-        if config.model.channels and (shape[0] % total or shape[1] % total):
-            raise UsageError(
-                f"--model.strides {config.model.strides} do not divide the "
-                f"{shape[0]}x{shape[1]} picture of --game {config.game}"
-            )
-        agent = init_agent(config, shape, int(env.action_space.n))
-        zeros = [0] * config.levels
-        return cls(
-            config,
-            folder,
-            env,
-            agent,
-            seen=env_step(env.reset()[0], first=True),
-            rings=checkpoint.Rings(folder / "checkpoint"),
-            entries=list(zeros),
-            debts=[0.0 for _ in zeros],
-            updates=list(zeros),
-            pending=[(0, {}) for _ in zeros],
+        """A run before its first step. Raises UsageError."""
+        own = lambda seed: replace(config, seed=config.seed + seed, seeds=1)
+        folders = [folder]
+        if config.seeds > 1:
+            folders = [folder / f"seed-{own(i).seed}" for i in range(config.seeds)]
+        games = [Game.start(own(i), path) for i, path in enumerate(folders)]
+        env = games[0].env
+        agent = init_agents(
+            config, env.observation_space.shape, int(env.action_space.n)
+        )
+        nothing = [(0, {}) for _ in range(config.levels)]
+        return cls(config, folder, games, agent, [0] * config.levels, nothing)
+
+    @property
+    def game(self) -> Game:
+        """The game of a run with one seed."""
+        (game,) = self.games
+        return game
+
+    def solo(self, seed: int) -> "Run":
+        """One seed as a run of its own, to be looked at."""
+        if self.config.seeds == 1:
+            return self
+        game, part = self.games[seed], partial(of_seed, seed=seed, seeds=2)
+        pending = [(count, part(total)) for count, total in self.pending]
+        return replace(
+            self,
+            config=game.config,
+            folder=game.folder,
+            games=[game],
+            agent=part(self.agent),
+            pending=pending,
         )
 
-    def act(self) -> int:
-        """The tower's answer to what has been seen; it is remembered."""
-        agent = self.agent
-        action, tower, replays, calls = act_and_store(
+    def act(self, active: list[bool]) -> list[int]:
+        """The towers' answers to what has been seen; it is remembered where active."""
+        agent, config = self.agent, self.config
+        actions, tower, replays, calls = act_and_store(
             agent.subactors,
             agent.tower,
             agent.replays,
-            self.seen,
+            over_seeds([game.seen for game in self.games]),
+            over_seeds([np.array(x) for x in active]),
             agent.key,
             agent.calls,
-            period=self.config.period,
+            period=config.period,
+            precision=config.precision,
+            seeds=config.seeds,
         )
         self.agent = Agent(agent.learners, replays, tower, calls, agent.key)
-        for i in range(self.config.levels):
-            due = self.clock % self.config.period**i == 0 or self.seen.is_last
-            self.entries[i] += int(due)
-        self.clock += 1
-        return int(action)
+        for game, stored in zip(self.games, active, strict=True):
+            if stored:
+                game.remembered()
+        return np.atleast_1d(actions).tolist()
 
     def advance(self) -> None:
-        """One agent step and the updates that it makes due."""
-        action = self.act()
+        """One agent step and the updates that it makes due. Raises GameError."""
+        actions = self.act([True for _ in self.games])
         self.update()
-        obs, reward, terminated, truncated, _ = self.env.step(action)
         self.step += 1
-        self.episode_return += float(reward)
-        self.episode_length += 1
-        last = terminated or truncated
-        self.seen = env_step(obs, reward, last=last, terminal=terminated)
-        if last:
-            self.act()
-            self.write(
-                episode_return=self.episode_return, episode_length=self.episode_length
-            )
-            self.returns.append((self.step, self.episode_return))
-            self.clock, self.episode_return, self.episode_length = 0, 0.0, 0
-            self.seen = env_step(self.env.reset()[0], first=True)
+        for game, action in zip(self.games, actions, strict=True):
+            game.advance(action, self.step)
+        ended = [bool(game.seen.is_last) for game in self.games]
+        if any(ended):
+            self.act(ended)
+            for game, is_last in zip(self.games, ended, strict=True):
+                if is_last:
+                    game.begin_episode(self.step)
 
     def update(self) -> None:
-        """Dispatches what is due: a level owes `updates_per_step` per own step."""
+        """Dispatches what is due: a level owes `updates_per_step` per own step.
+
+        From its first window on, wherever episodes ended: seeds stay in lockstep.
+        """
         config = self.config
         for i in range(config.levels):
-            if self.entries[i] < config.length:
-                continue
-            self.debts[i] += config.updates_per_step / config.period**i
-            while self.debts[i] >= 1:
-                self.debts[i] -= 1
+            stride = config.period**i
+            own = max(0, self.step + 1 - config.length * stride)
+            while self.updates[i] < int(own * config.updates_per_step / stride):
                 self.update_level(i)
 
     def update_level(self, i: int) -> None:
@@ -198,7 +172,7 @@ class Run:
         On copies: the run's own first update comes when its replay is ready.
         """
         learner, replay = self.agent.learners[0], self.agent.replays[0]
-        size = jnp.array(self.config.length, jnp.int32)
+        size = jnp.full_like(replay.size, self.config.length)
         replay = eqx.tree_at(lambda r: r.size, replay, size)
         learner, replay = jax.tree.map(jnp.copy, (learner, replay))
         call = partial(update, level=0, **update_arguments(self.config))
@@ -211,28 +185,29 @@ class Run:
             seconds.append(time.perf_counter() - start)
         return min(seconds[1:]), work
 
-    def write(self, **values) -> None:
-        """One line of metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step} | values) + "\n")
-
-    def means(self) -> dict[str, float]:
-        """Mean of every metric since the last line. Raises Diverged."""
-        values = {}
+    def means(self) -> list[dict[str, float]]:
+        """Mean of every metric since the last line, per seed. Raises Diverged."""
+        found = [{} for _ in self.games]
         for i, (count, total) in enumerate(self.pending):
             for name, x in jax.device_get(total).items():
-                values[f"level{i}/{name}"] = float(x) / count
-        if bad := [name for name, x in values.items() if not np.isfinite(x)]:
-            raise Diverged(f"step {self.step}: {', '.join(bad)} not finite")
-        return values
+                for values, each in zip(found, np.atleast_1d(x), strict=True):
+                    values[f"level{i}/{name}"] = float(each) / count
+        for game, values in zip(self.games, found, strict=True):
+            if bad := [name for name, x in values.items() if not np.isfinite(x)]:
+                raise Diverged(
+                    f"seed {game.config.seed}, step {self.step}: "
+                    f"{', '.join(bad)} not finite"
+                )
+        return found
 
-    def log(self) -> dict[str, float]:
-        """Writes those means as one line and starts new ones. Raises Diverged."""
-        values = self.means()
+    def log(self) -> list[dict[str, float]]:
+        """Writes those means as one line per seed, starts new ones. Raises Diverged."""
+        found = self.means()
         self.pending = [(0, {}) for _ in self.pending]
-        if values:
-            self.write(**values)
-        return values
+        for game, values in zip(self.games, found, strict=True):
+            if values:
+                game.write(self.step, **values)
+        return found
 
     def device_state(self) -> dict:
         """What training and acting change on the device, the rings' steps left out."""
@@ -242,83 +217,98 @@ class Run:
             "tower": self.agent.tower,
             "calls": self.agent.calls,
             "replays": replays,
-            "seen": self.seen,
         }
 
-    def save(self) -> Path:
-        """Writes a checkpoint. Raises OSError or Diverged, the last one intact."""
+    def save(self) -> None:
+        """A checkpoint of every seed. Raises OSError or Diverged, older ones intact."""
         self.means()
-        metrics = self.folder / "metrics.jsonl"
-        arrays = named(self.device_state())
-        arrays |= {f"env/{name}": x for name, x in self.env.get_state().items()}
-        arrays["returns"] = np.array(self.returns, np.float64).reshape(-1, 2)
-        for i, (_, total) in enumerate(self.pending):
-            arrays |= {f"pending/{i}/{k}": np.asarray(x) for k, x in total.items()}
-        for i, replay in enumerate(self.agent.replays):
-            self.rings.append(f"level{i}", named(replay.steps), self.entries[i])
-        meta = {
-            "config": asdict(self.config),
-            "counts": {name: getattr(self, name) for name in COUNTS},
-            "pending": [count for count, _ in self.pending],
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-        }
-        folder = self.folder / "checkpoint"
-        return checkpoint.save(folder, self.step, arrays, meta, self.rings)
+        state = self.device_state()
+        for seed, game in enumerate(self.games):
+            part = partial(of_seed, seed=seed, seeds=self.config.seeds)
+            arrays = checkpoint.named(part(state) | {"seen": game.seen})
+            arrays |= {f"env/{name}": x for name, x in game.env.get_state().items()}
+            arrays["returns"] = np.array(game.returns, np.float64).reshape(-1, 2)
+            for i, (_, total) in enumerate(self.pending):
+                sums = jax.device_get(part(total))
+                arrays |= {f"pending/{i}/{k}": np.asarray(x) for k, x in sums.items()}
+            for i, replay in enumerate(self.agent.replays):
+                index = game.rings.unsaved(
+                    f"level{i}", game.entries[i], replay.capacity
+                )
+                index = index if self.config.seeds == 1 else (seed, index)
+                rows = checkpoint.named(
+                    jax.tree.map(lambda x, at=index: x[at], replay.steps)
+                )
+                game.rings.append(f"level{i}", rows, game.entries[i], replay.capacity)
+            game.sync()
+            meta = {
+                "config": asdict(game.config),
+                "counts": {name: getattr(game, name) for name in COUNTS},
+                "updates": self.updates,
+                "seconds": self.seconds,
+                "pending": [count for count, _ in self.pending],
+            }
+            checkpoint.save(game.folder, self.step, arrays, meta, game.rings)
+        for game in self.games:
+            checkpoint.prune(game.folder)
 
-    def restore(self, path: Path) -> None:
-        """Continues from a checkpoint. Raises CheckpointError, with nothing changed."""
-        arrays, meta = checkpoint.read(path)
-        state = fill(self.device_state(), arrays, path)
-        rings = checkpoint.Rings(path.parent, meta["segments"])
-        replays = []
-        for i, (replay, saved) in enumerate(
-            zip(self.agent.replays, state["replays"], strict=True)
-        ):
-            rows = {k: np.zeros_like(x) for k, x in named(replay.steps).items()}
-            rings.restore(f"level{i}", rows)
-            steps = fill(replay.steps, rows, path)
-            where = lambda r: (r.steps, r.carries, r.draws, r.head, r.size)
-            replays.append(eqx.tree_at(where, replay, (steps, *saved)))
-        prefix = lambda p: {
-            k[len(p) :]: x for k, x in arrays.items() if k.startswith(p)
-        }
-        self.env.set_state(prefix("env/"))
+    def restore(self, step: int) -> None:
+        """Continues from the checkpoints of an agent step.
+
+        Raises CheckpointError, with nothing changed.
+        """
+        found = []
+        for seed, game in enumerate(self.games):
+            found.append(self._read(seed, checkpoint.path_of(game.folder, step)))
+        for game, (_, arrays, meta) in zip(self.games, found, strict=True):
+            game.restore(arrays, meta)
+        state = over_seeds([state for state, _, _ in found])
+        arrays, meta = found[0][1:]
         self.agent = Agent(
             state["learners"],
-            tuple(replays),
+            state["replays"],
             state["tower"],
             state["calls"],
             self.agent.key,
         )
-        self.seen, self.rings = jax.tree.map(np.asarray, state["seen"]), rings
-        self.returns = [(int(step), value) for step, value in arrays["returns"]]
+        sums = lambda arrays, i: checkpoint.prefixed(arrays, f"pending/{i}/")
         self.pending = [
-            (count, {k: jnp.asarray(x) for k, x in prefix(f"pending/{i}/").items()})
+            (count, over_seeds([sums(arrays, i) for _, arrays, _ in found]))
             for i, count in enumerate(meta["pending"])
         ]
-        for name in COUNTS:
-            setattr(self, name, meta["counts"][name])
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            os.truncate(metrics, meta["metrics_bytes"])
+        self.step, self.updates = step, meta["updates"]
+        self.seconds = meta["seconds"]
 
+    def restore_newest(self) -> bool:
+        """From the newest step that every seed has a good checkpoint of, if any."""
+        steps = [
+            {checkpoint.step_of(path) for path in checkpoint.checkpoints(game.folder)}
+            for game in self.games
+        ]
+        for step in sorted(set.intersection(*steps), reverse=True):
+            try:
+                self.restore(step)
+                return True
+            except checkpoint.CheckpointError as error:
+                print(f"{error}; trying the one before", file=sys.stderr)
+        return False
 
-def named(tree) -> dict[str, np.ndarray]:
-    """Leaves by their path. Typed keys never occur: they follow from the seed."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def fill(template, arrays: dict[str, np.ndarray], path: Path):
-    """The template with its leaves replaced by name. Raises CheckpointError."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(template)
-    values = []
-    for key, old in leaves:
-        new = arrays.get(jax.tree_util.keystr(key))
-        if new is None or new.shape != old.shape or new.dtype != old.dtype:
-            raise checkpoint.CheckpointError(f"{path} belongs to another configuration")
-        values.append(jnp.array(new))
-    return jax.tree_util.tree_unflatten(tree, values)
+    def _read(self, seed: int, path: Path) -> tuple[dict, dict, dict]:
+        """State of one seed, all arrays and meta. Raises CheckpointError."""
+        arrays, meta = checkpoint.read(path)
+        part = partial(of_seed, seed=seed, seeds=self.config.seeds)
+        shapes = jax.eval_shape(part, self.device_state() | {"all": self.agent.replays})
+        blank = shapes.pop("all")
+        state = checkpoint.fill(shapes, arrays, path)
+        rings, replays = checkpoint.Rings(path.parent, meta["segments"]), []
+        for i, (replay, saved) in enumerate(zip(blank, state["replays"], strict=True)):
+            zeros = lambda x: np.zeros(x.shape, x.dtype)
+            rows = checkpoint.named(jax.tree.map(zeros, replay.steps))
+            rings.restore(f"level{i}", rows)
+            steps = checkpoint.fill(replay.steps, rows, path)
+            where = lambda r: (r.steps, r.carries, r.draws, r.head, r.size)
+            replays.append(eqx.tree_at(where, replay, (steps, *saved)))
+        return state | {"replays": tuple(replays)}, arrays, meta
 
 
 def evaluate(
@@ -378,23 +368,19 @@ def load(folder: Path) -> Run:
 
     Nothing in the folder is changed.
     """
-    # Restoring cuts the metrics.jsonl of the run's own folder: here there is none.
-    run = Run.start(load_config(folder), folder / "pictures")
-    for path in checkpoint.checkpoints(folder / "checkpoint"):
-        try:
-            run.restore(path)
-        except checkpoint.CheckpointError as error:
-            print(f"{error}; trying the one before", file=sys.stderr)
-            continue
-        run.folder = folder
-        return run
-    raise UsageError(f"{folder} has no usable checkpoint")
+    run = Run.start(load_config(folder), folder)
+    run.game.folder = folder
+    if not run.restore_newest():
+        raise UsageError(f"{folder} has no usable checkpoint")
+    return run
 
 
 def save_weights(path: Path, config: Config, learners: tuple[Learner, ...]) -> None:
     """A file of what acting and imagining need: no optimisers, no replay."""
     checkpoint.write(
-        path, named({"learners": without_adam(learners)}), {"config": asdict(config)}
+        path,
+        checkpoint.named({"learners": without_adam(learners)}),
+        {"config": asdict(config)},
     )
 
 
@@ -404,7 +390,7 @@ def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:
     `path` is a run folder, whose newest good checkpoint is read, or a file of
     `save_weights`. Raises UsageError or CheckpointError.
     """
-    newest = checkpoint.checkpoints(path / "checkpoint") if path.is_dir() else [path]
+    newest = checkpoint.checkpoints(path) if path.is_dir() else [path]
     for file in newest:
         try:
             arrays, meta = checkpoint.read(file)
@@ -418,9 +404,10 @@ def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:
     config = from_json(meta["config"])
     env = make_env(config, config.seed)
     actions = int(env.action_space.n)
-    learners = init_learners(config, env.observation_space.shape, actions)
+    init = partial(init_learners, config, env.observation_space.shape, actions)
+    learners = jax.eval_shape(init, key=jax.random.key(0))
     template = {"learners": without_adam(learners)}
-    return config, fill(template, arrays, file)["learners"]
+    return config, checkpoint.fill(template, arrays, file)["learners"]
 
 
 def without_adam(learners: tuple[Learner, ...]) -> tuple[Learner, ...]:

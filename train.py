@@ -29,8 +29,10 @@ import checkpoint
 import minatar_env
 import probes
 import report
+from agent import precision_here
 from config import PRESETS, Config, out_of_bounds
-from run import Diverged, Run, UsageError, evaluate, keep_compiled, load_config
+from game import GameError, UsageError
+from run import Diverged, Run, evaluate, keep_compiled, load_config
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
@@ -62,7 +64,11 @@ def parse(argv: list[str]) -> Config:
         raise UsageError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
     config = ask_tyro(argv, PRESETS[preset])
     canonical = {name.lower(): name for name in atari.GAMES}
-    config = replace(config, game=canonical.get(config.game.lower(), config.game))
+    config = replace(
+        config,
+        game=canonical.get(config.game.lower(), config.game),
+        precision=precision_here(config.precision),
+    )
     check(config)
     return config
 
@@ -161,70 +167,88 @@ class Stop:
 
 def open_run(config: Config) -> Run:
     """A new run with its folder, or one continued. Raises UsageError."""
-    if config.resume is None:
-        name = f"{config.game.replace('/', '-')}-{config.preset}-{config.seed}"
-        folder = Path(config.run_dir or f"runs/{name}")
-        if folder.exists():
-            raise UsageError(
-                f"--run-dir {folder} exists: continue it with --resume {folder}, "
-                "or name another folder"
-            )
-        run = Run.start(config, folder)
-        (folder / "checkpoint").mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
-        return run
-    folder = Path(config.resume)
+    folder = Path(config.resume or config.run_dir or default_folder(config))
+    if config.resume is None and folder.exists():
+        raise UsageError(
+            f"--run-dir {folder} exists: continue it with --resume {folder}, "
+            "or name another folder"
+        )
     run = Run.start(config, folder)
-    for path in checkpoint.checkpoints(folder / "checkpoint"):
-        try:
-            run.restore(path)
-            return run
-        except checkpoint.CheckpointError as error:
-            print(f"train.py: {error}; trying the one before", file=sys.stderr)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    print(
-        f"train.py: {folder} has no usable checkpoint, starting over", file=sys.stderr
-    )
+    if config.resume is None:
+        for game in run.games:
+            (game.folder / "checkpoint").mkdir(parents=True)
+            write_config(game.folder, game.config)
+        write_config(folder, config)
+    elif not run.restore_newest():
+        print(
+            f"train.py: {folder} has no usable checkpoint, starting over",
+            file=sys.stderr,
+        )
+    for game in run.games:
+        game.cut()
     return run
 
 
+def default_folder(config: Config) -> str:
+    name = f"runs/{config.game.replace('/', '-')}-{config.preset}-{config.seed}"
+    last = config.seed + config.seeds - 1
+    return name if config.seeds == 1 else f"{name}-to-{last}"
+
+
+def write_config(folder: Path, config: Config) -> None:
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+
+
 def train(run: Run, stop: Stop) -> None:
-    """To the end of the run. Raises Diverged, and Interrupted after saving."""
+    """To the end of the run. Raises Diverged, GameError, Interrupted after saving."""
     config = run.config
-    board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
+    boards = [
+        SummaryWriter(str(game.folder / "tensorboard"), purge_step=run.step)
+        for game in run.games
+    ]
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     began, updates, before = time.monotonic(), sum(run.updates), run.seconds
-    warned = set()
     while run.step < config.steps and not stop.asked:
-        episodes = len(run.returns)
         run.advance()
         run.seconds = before + time.monotonic() - began
         bar.update()
-        if len(run.returns) > episodes:
-            board.add_scalar("episode/return", run.returns[-1][1], run.step)
+        for game, board in zip(run.games, boards, strict=True):
+            if game.returns and game.returns[-1][0] == run.step:
+                board.add_scalar("episode/return", game.returns[-1][1], run.step)
         if run.step % config.log_every == 0:
-            seconds = run.seconds - before
-            scores = [value for _, value in run.returns] or [float("nan")]
-            bar.set_postfix_str(
-                f"{(sum(run.updates) - updates) / seconds:.1f} updates/s, "
-                f"return last {scores[-1]:g} best {max(scores):g}"
-            )
-            for name, value in run.log().items():
-                board.add_scalar(name, value, run.step)
-                dead = name.endswith("code_kl_per_row") and value < DEAD_CODE_NATS
-                if dead and run.step > config.steps // 10 and name not in warned:
-                    warned.add(name)
-                    bar.write(
-                        f"WARNING: {name} {value:.3g}: this goal code says nothing"
-                    )
+            rate = (sum(run.updates) - updates) / (run.seconds - before)
+            bar.set_postfix_str(f"{rate:.1f} updates/s, {returns_so_far(run)}")
+            for values, board in zip(run.log(), boards, strict=True):
+                for name, value in values.items():
+                    board.add_scalar(name, value, run.step)
+                warn_of_dead_codes(run, values, bar)
         if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             save(run, bar)
     if stop.asked:
         save(run, bar)
     bar.close()
-    board.close()
+    for board in boards:
+        board.close()
     if stop.asked:
         raise Interrupted
+
+
+def returns_so_far(run: Run) -> str:
+    """Newest and best return; of several seeds the mean of each."""
+    seeds = [[value for _, value in game.returns] for game in run.games]
+    seeds = [values for values in seeds if values] or [[float("nan")]]
+    last, best = np.mean([(values[-1], max(values)) for values in seeds], 0)
+    return f"return last {last:g} best {best:g}"
+
+
+def warn_of_dead_codes(run: Run, values: dict[str, float], bar: tqdm) -> None:
+    """Once per level and tenth of the run, from the second on."""
+    tenth = max(1, run.config.steps // 10)
+    if run.step < tenth or run.step % tenth >= run.config.log_every:
+        return
+    for name, value in values.items():
+        if name.endswith("code_kl_per_row") and value < DEAD_CODE_NATS:
+            bar.write(f"WARNING: {name} {value:.3g}: this goal code says nothing")
 
 
 def save(run: Run, bar: tqdm) -> None:
@@ -238,8 +262,8 @@ def save(run: Run, bar: tqdm) -> None:
 
 
 def finish(run: Run, stop: Stop) -> dict:
-    """Evaluation, result.json and pictures. Raises Interrupted on a stop."""
-    config = run.config
+    """Evaluation, result.json and pictures of one seed. Raises Interrupted."""
+    config, returns = run.config, run.game.returns
     with tqdm(total=config.eval_episodes, unit="episode", desc="evaluation") as bar:
 
         def watch(_):
@@ -250,7 +274,7 @@ def finish(run: Run, stop: Stop) -> dict:
         scores = evaluate(
             config, run.agent.subactors, config.eval_episodes, watch=watch
         )
-    late = [value for step, value in run.returns if step > 0.9 * config.steps]
+    late = [value for step, value in returns if step > 0.9 * config.steps]
     reference = atari.scores().get(config.game, {"random": None, "human": None})
     low, high = reference["random"], reference["human"]
     train_score = float(np.mean(late)) if late else None
@@ -276,6 +300,7 @@ def finish(run: Run, stop: Stop) -> dict:
         "parameters": parameters,
         "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
         f"{platform.machine()}",
+        "precision": config.precision,
         "eval_returns": scores,
         "updates": run.updates,
     }
@@ -299,13 +324,14 @@ def describe(config: Config, run: Run) -> None:
     print(text, flush=True)
 
 
-def show(result: dict) -> None:
-    """The scores as a table."""
-    names = ("train_score", "eval_score", "random", "human", "hns")
-    cells = [result[name] for name in names]
-    texts = ["-" if x is None else f"{x:.3g}" for x in cells]
+def show(results: list[dict]) -> None:
+    """The scores as a table, a row per seed."""
+    names = ("seed", "train_score", "eval_score", "random", "human", "hns")
     print(f"{'game':>16}" + "".join(f"{name:>13}" for name in names))
-    print(f"{result['game']:>16}" + "".join(f"{text:>13}" for text in texts))
+    for result in results:
+        cells = [result[name] for name in names]
+        texts = ["-" if x is None else f"{x:.3g}" for x in cells]
+        print(f"{result['game']:>16}" + "".join(f"{text:>13}" for text in texts))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,12 +348,12 @@ def main(argv: list[str] | None = None) -> int:
     describe(config, run)
     try:
         train(run, stop)
-        show(finish(run, stop))
+        show([finish(run.solo(i), stop) for i in range(config.seeds)])
     except Interrupted:
         print(f"stopped at step {run.step}: python train.py --resume {run.folder}")
         return 130
-    except Diverged as error:
-        newest = next(iter(checkpoint.checkpoints(run.folder / "checkpoint")), "none")
+    except (Diverged, GameError) as error:
+        newest = next(iter(checkpoint.checkpoints(run.games[0].folder)), "none")
         print(f"train.py: {error}; last good checkpoint: {newest}", file=sys.stderr)
         return 3
     print(f"run folder: {run.folder}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.lax import lax as lax_internal
 from jaxtyping import TypeCheckError
 from test_hieros import N, game, row
 from test_subactor import ACTIONS, CONFIG, PICTURE, jit, parts_equal, replace
@@ -22,21 +23,21 @@ TWO = replace(CONFIG, levels=2)
 FLAT = replace(CONFIG, levels=1)
 TWIN = replace(FLAT, world_model="rssm")
 STEPS = 20
+TRUE = jnp.array(True)
 copy = partial(jax.tree.map, jnp.copy)
 same = np.testing.assert_array_equal
 
 
 @cache
 def fresh(config):
-    init = partial(agent.init_agent, config, PICTURE, ACTIONS)
-    return jit(init)()
+    return jit(partial(agent.init_agent, config, PICTURE, ACTIONS, config.seed))()
 
 
 @cache
 def act_compiled(config):
     a = fresh(config)
     step = row(jax.tree.map(jnp.asarray, game(0, [N])), 0)
-    inputs = (a.subactors, a.tower, a.replays, step, a.key, a.calls)
+    inputs = (a.subactors, a.tower, a.replays, step, TRUE, a.key, a.calls)
     return agent.act_and_store.lower(*inputs, period=config.period).compile()
 
 
@@ -46,7 +47,7 @@ def play(config, a, steps):
     for n in range(len(steps.reward)):
         step = jax.tree.map(jnp.asarray, row(steps, n))
         action, tower, replays, calls = act_compiled(config)(
-            subactors, a.tower, a.replays, step, a.key, a.calls
+            subactors, a.tower, a.replays, step, TRUE, a.key, a.calls
         )
         a = agent.Agent(a.learners, replays, tower, calls, a.key)
         actions.append(int(action))
@@ -235,7 +236,9 @@ def test_acting_resumes_its_stream_of_keys():
 def test_acting_donates_tower_and_replays():
     a = copy(fresh(TWO))
     step = row(jax.tree.map(jnp.asarray, game(0, [N])), 0)
-    act_compiled(TWO)(fresh(TWO).subactors, a.tower, a.replays, step, a.key, a.calls)
+    act_compiled(TWO)(
+        fresh(TWO).subactors, a.tower, a.replays, step, TRUE, a.key, a.calls
+    )
     assert a.replays[1].steps.obs.h.is_deleted() and a.replays[0].draws.is_deleted()
     assert a.tower.levels[1].reward.is_deleted()
     assert not a.learners[0].subactor.actor.last.weight.is_deleted()
@@ -253,11 +256,61 @@ def test_evaluation_acts_alike_and_remembers_nothing():
     assert not a.tower.clock.is_deleted()
 
 
+def test_who_is_not_active_stays_as_it_was():
+    """Nothing changes but the swallowing row of each ring."""
+    a = used(TWO)
+    step = row(jax.tree.map(jnp.asarray, game(2, [N])), 3)
+    tower, replays = copy((a.tower, a.replays))
+    _, tower, replays, calls = act_compiled(TWO)(
+        a.subactors, tower, replays, step, ~TRUE, a.key, a.calls
+    )
+    jax.tree.map(same, (a.tower, a.calls), (tower, calls))
+    for before, after in zip(a.replays, replays, strict=True):
+        kept = partial(jax.tree.map, lambda x, n=before.capacity: x[:n])
+        jax.tree.map(same, kept(before.steps), kept(after.steps))
+        same(before.size, after.size)
+
+
+def test_bfloat16_is_asked_of_every_product():
+    a, arguments = used(FLAT), update_arguments(FLAT)
+    for precision, asked in (("float32", 0), ("bfloat16", 1)):
+        arguments["precision"] = precision
+        call = partial(agent.update, level=0, **arguments)
+        lowered = jax.jit(call).lower(a.learners[0], a.replays[0], a.key).as_text()
+        products = [x for x in lowered.splitlines() if "stablehlo.dot_general" in x]
+        rounded = ["lhs_precision_type = bf16" in x for x in products]
+        assert len(products) > 50 and sum(rounded) == asked * len(products)
+
+
+def test_an_update_survives_the_rounding_of_its_products(monkeypatch):
+    """A CPU does not round when asked; here every product's inputs are rounded first.
+
+    2⁻⁹ of each number: visible in every loss, and small.
+    """
+    _, _, exact = update(FLAT)
+    product = lax_internal.dot_general
+    bfloat16 = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+
+    def rounding(x, y, *args, **kwargs):
+        return product(bfloat16(x), bfloat16(y), *args, **kwargs)
+
+    monkeypatch.setattr(lax_internal, "dot_general", rounding)
+    jax.clear_caches()
+    learner, replay = copy((used(FLAT).learners[0], used(FLAT).replays[0]))
+    call = partial(agent.update.__wrapped__, level=0, **update_arguments(FLAT))
+    _, _, rounded = jax.jit(call)(learner, replay, used(FLAT).key)
+    monkeypatch.undo()
+    jax.clear_caches()
+    for name in ("loss_world_model", "kl", "grad_norm_world_model"):
+        error = abs(float(rounded[name] / exact[name]) - 1)
+        assert 1e-6 < error < 2e-2, (name, error)
+
+
 # What an agent is made of
 
 
 def shapes(config, picture=PICTURE, actions=ACTIONS):
-    return jax.eval_shape(partial(agent.init_agent, config, picture, actions))
+    return jax.eval_shape(partial(agent.init_agents, config, picture, actions))
 
 
 def test_replays_hold_the_whole_run_unless_told_otherwise():
@@ -290,7 +343,7 @@ def test_the_seed_makes_the_agent():
     @jit
     def weights_and_keys():
         configs = [replace(FLAT, seed=seed) for seed in (0, 0, 1)]
-        agents = [agent.init_agent(config, PICTURE, ACTIONS) for config in configs]
+        agents = [agent.init_agents(config, PICTURE, ACTIONS) for config in configs]
         weights = [a.learners[0].subactor.actor.hidden[0].weight for a in agents]
         return weights, [jax.random.key_data(a.key) for a in agents]
 

@@ -121,7 +121,8 @@ def test_segments_rebuild_the_ring(tmp_path_factory, capacity, totals):
         for _ in range(gained):
             ring[total % capacity] = [total, -total]
             total += 1
-        rings.append("level0", {"a": ring}, total)
+        rows = {"a": ring[rings.unsaved("level0", total, capacity)]}
+        rings.append("level0", rows, total, capacity)
     rebuilt = np.zeros_like(ring)
     Rings(folder, rings.segments).restore("level0", {"a": rebuilt})
     held = np.arange(max(0, total - capacity), total) % capacity
@@ -130,7 +131,7 @@ def test_segments_rebuild_the_ring(tmp_path_factory, capacity, totals):
 
 def test_segments_of_another_shape_are_refused(tmp_path):
     rings = Rings(tmp_path)
-    rings.append("level0", {"a": np.zeros((5, 2), np.int32)}, 3)
+    rings.append("level0", {"a": np.zeros((3, 2), np.int32)}, 3, 4)
     for other in (np.zeros((5, 3), np.int32), np.zeros((5, 2), np.int64)):
         with pytest.raises(CheckpointError, match="another run"):
             rings.restore("level0", {"a": other})
@@ -139,26 +140,31 @@ def test_segments_of_another_shape_are_refused(tmp_path):
 
 
 def test_the_newest_two_stay_with_their_segments(tmp_path):
-    rings, ring = Rings(tmp_path), np.zeros((5, 1), np.uint8)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    rings, ring = Rings(folder), np.zeros((5, 1), np.uint8)
     for step in range(1, 9):
         ring[(step - 1) % 4] = step
-        rings.append("level0", {"a": ring}, step)
+        rows = {"a": ring[rings.unsaved("level0", step, 4)]}
+        rings.append("level0", rows, step, 4)
         checkpoint.save(tmp_path, step, {"w": np.array(step)}, {}, rings)
+        checkpoint.prune(tmp_path)
     names = [p.name for p in checkpoint.checkpoints(tmp_path)]
     assert names == ["step-000000008.ckpt", "step-000000007.ckpt"]
     for path in checkpoint.checkpoints(tmp_path):
         arrays, meta = read(path)
         assert f"step-{int(arrays['w']):09d}.ckpt" == path.name
         rebuilt = np.zeros_like(ring)
-        Rings(tmp_path, meta["segments"]).restore("level0", {"a": rebuilt})
+        Rings(folder, meta["segments"]).restore("level0", {"a": rebuilt})
         last = int(arrays["w"])
         assert sorted(rebuilt[:4, 0]) == list(range(last - 3, last + 1))
-    assert len(list(tmp_path.glob("*.seg"))) == 5
+    assert len(list(folder.glob("*.seg"))) == 5
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
-    rings = Rings(tmp_path)
-    path = checkpoint.save(tmp_path, 1, SOME, {}, rings)
+    (tmp_path / "checkpoint").mkdir()
+    rings, path = Rings(tmp_path / "checkpoint"), checkpoint.path_of(tmp_path, 1)
+    checkpoint.save(tmp_path, 1, SOME, {}, rings)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -171,12 +177,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
-    rings = Rings(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    rings = Rings(tmp_path / "checkpoint")
     for step in (1, 2):
         checkpoint.save(tmp_path, step, SOME, {}, rings)
-    (tmp_path / "step-000000002.ckpt").write_bytes(b"torn")
+    checkpoint.path_of(tmp_path, 2).write_bytes(b"torn")
     checkpoint.save(tmp_path, 3, SOME, {}, rings)
-    assert same(read(tmp_path / "step-000000001.ckpt")[0], SOME)
+    checkpoint.prune(tmp_path)
+    assert same(read(checkpoint.path_of(tmp_path, 1))[0], SOME)
 
 
 def test_shape_hook_is_live(tmp_path):

@@ -188,11 +188,11 @@ def test_acting_ages_are_those_of_the_tower(run):
     for level in (1, 2):
         replay, lower = run.agent.replays[level], run.agent.replays[level - 1]
         stride = CONFIG.period**level
-        due = diagnose.acting_ages(below, run.clock == 0, stride)
-        assert len(due) == run.entries[level] == int(replay.size)
+        due = diagnose.acting_ages(below, run.game.clock == 0, stride)
+        assert len(due) == run.game.entries[level] == int(replay.size)
         rows = replay.rows(jnp.arange(replay.size))
         np.testing.assert_array_equal(replay.steps.is_first[rows], below[due])
-        ages = diagnose.acting_ages(below, run.clock == 0, stride // CONFIG.period)
+        ages = diagnose.acting_ages(below, run.game.clock == 0, stride // CONFIG.period)
         goals = lower.steps.goal[lower.rows(jnp.arange(lower.size))]
         entry = diagnose.last_before(due, ages)
         known = entry + 1 < len(due)
@@ -330,7 +330,7 @@ def toggle_run(wrong):
     replay = eqx.tree_at(where, replay, new)
     model = Toggle(SimpleNamespace(decoder=Pixels()), wrong=wrong)
     run = object.__new__(Run)
-    run.config, run.clock = CONFIG, n
+    run.config, run.games = CONFIG, [SimpleNamespace(clock=n)]
     subactor = SimpleNamespace(world_model=model, action_shape=(1, 2))
     run.agent = SimpleNamespace(replays=[replay], subactors=[subactor])
     return run

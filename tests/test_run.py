@@ -1,6 +1,8 @@
 """The loop: what is counted, what is due, and the published size on a CPU."""
 
 import resource
+from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,7 +11,8 @@ import pytest
 
 import train
 from checkpoint import CheckpointError
-from run import Run, UsageError, evaluate, load_weights, save_weights
+from game import UsageError
+from run import Run, evaluate, load_weights, save_weights
 
 TINY = ["--preset", "tiny"]
 
@@ -28,44 +31,44 @@ def run(tmp_path_factory):
 def test_entries_are_counted_as_the_replay_counts_them(run):
     stored = [int(replay.size) for replay in run.agent.replays]
     capacities = [replay.capacity for replay in run.agent.replays]
-    assert stored == [min(pair) for pair in zip(run.entries, capacities, strict=True)]
+    entries = run.game.entries
+    assert stored == [min(pair) for pair in zip(entries, capacities, strict=True)]
     # Catch lasts 9 steps: 10 entries per episode at level 0, 4 at level 1 (0, 4, 8 and
     # the end), 2 at level 2; 40 steps are 4 episodes and the first 4 steps of a fifth.
-    assert run.entries == [44, 17, 9]
-    assert [step for step, _ in run.returns] == [9, 18, 27, 36]
+    assert entries == [44, 17, 9]
+    assert [step for step, _ in run.game.returns] == [9, 18, 27, 36]
 
 
 def test_updates_per_own_step_once_a_window_is_there(run):
-    # Level 0 has 4 entries before its 4th step: 37 steps at 1/4 update each.
+    # Windows have 4 steps: levels learn from agent step 4, 16 and 64 on.
+    assert run.config.length == run.config.period == 4
     rate = run.config.updates_per_step
-    assert run.updates[0] == int(37 * rate)
-    assert run.updates[1] < run.updates[0]
+    assert run.updates == [int(36 * rate), int((40 - 16) / 4 * rate), 0]
     assert [int(x.updates) for x in run.agent.learners] == run.updates
-    assert all(0 <= debt < 1 for debt in run.debts)
 
 
 def test_evaluation_leaves_the_run_alone(run):
     before = jax.tree.map(np.array, run.device_state())
-    state = {name: x.copy() for name, x in run.env.get_state().items()}
+    state = {name: x.copy() for name, x in run.game.env.get_state().items()}
     returns = evaluate(run.config, run.agent.subactors, 3)
     assert set(returns) <= {-1.0, 1.0}
     assert returns == evaluate(run.config, run.agent.subactors, 3)
     same = jax.tree.map(np.array_equal, before, run.device_state())
     assert all(jax.tree.leaves(same))
-    after = run.env.get_state()
+    after = run.game.env.get_state()
     assert all(np.array_equal(state[name], after[name]) for name in state)
 
 
 def test_metrics_are_means_over_the_interval(run):
     lines = []
-    run.write = lambda **values: lines.append(values)
+    run.game.write = lambda step, **values: lines.append(values)
     counts = [count for count, _ in run.pending]
     totals = [{k: float(x) for k, x in total.items()} for _, total in run.pending]
-    values = run.log()
-    del run.write
+    (values,) = run.log()
+    del run.game.write
     assert lines == [values]
     assert values["level0/kl"] == pytest.approx(totals[0]["kl"] / counts[0])
-    assert run.log() == {}
+    assert run.log() == [{}]
 
 
 @pytest.mark.slow
@@ -74,7 +77,7 @@ def test_published_size_updates_every_level_within_12_gib_of_the_host(tmp_path):
     """Real frames, every level's own first full batch; minutes of compilation."""
     run = Run.start(train.parse(["--game", "Pong", "--preset", "atari100k"]), tmp_path)
     run.update = lambda: None
-    while run.entries[-1] < run.config.length:
+    while run.game.entries[-1] < run.config.length:
         run.advance()
     for level in range(3):
         before = run.agent.learners[level].subactor.world_model.W_h.weight
@@ -86,9 +89,41 @@ def test_published_size_updates_every_level_within_12_gib_of_the_host(tmp_path):
         assert moved["grad_norm_world_model"] > 0
         # Warm-up: the first update has rate 0 for the world model, not for the rest.
         assert np.array_equal(before, after.W_h.weight)
-    assert run.log()["level2/kl"] >= 0
+    assert run.log()[0]["level2/kl"] >= 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert peak < 12, f"{peak:.1f} GiB"
+
+
+def test_seeds_in_lockstep_are_the_seeds_alone(tmp_path):
+    """In a game whose episodes end at different steps."""
+    flags = "--game minatar/breakout --model.channels --model.strides --levels 2"
+    config = train.parse([*TINY, *flags.split(), "--seed", "2"])
+    both = Run.start(replace(config, seeds=2), tmp_path / "both")
+    alone = [
+        Run.start(replace(config, seed=seed), tmp_path / f"{seed}") for seed in (2, 3)
+    ]
+    for run in (both, *alone):
+        for game in run.games:
+            game.folder.mkdir(parents=True)
+        for _ in range(30):
+            run.advance()
+    first, second = ([step for step, _ in game.returns] for game in both.games)
+    assert first != second and first and second
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    for seed, single in enumerate(alone):
+        part = both.solo(seed)
+        assert (part.config, part.updates) == (single.config, single.updates)
+        assert part.updates[0] > 0
+        assert part.game.entries == single.game.entries
+        assert part.game.returns == single.game.returns
+        for i, n in enumerate(single.game.entries):
+            ours, theirs = (
+                jax.tree.map(lambda x, n=n: x[:n], (replay.steps, replay.carries))
+                for replay in (part.agent.replays[i], single.agent.replays[i])
+            )
+            assert np.array_equal(ours[0].action, theirs[0].action)
+            jax.tree.map(close, ours, theirs)
+        jax.tree.map(close, part.pending, single.pending)
 
 
 def test_weights_file_acts_as_the_run_does(run, tmp_path):
