@@ -218,8 +218,8 @@ def init_agents(config: Config, obs_shape: tuple, actions: int) -> Agent:
     """One agent, or `config.seeds` of them stacked along a leading axis."""
     init = partial(init_agent, config, obs_shape, actions)
     if config.seeds == 1:
-        return init(config.seed)
-    return jax.vmap(init)(config.seed + jnp.arange(config.seeds))
+        return jax.jit(init)(config.seed)
+    return jax.jit(jax.vmap(init))(config.seed + jnp.arange(config.seeds))
 
 
 def of_seed(tree, seed: int, seeds: int):

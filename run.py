@@ -222,24 +222,25 @@ class Run:
     def save(self) -> None:
         """A checkpoint of every seed. Raises OSError or Diverged, older ones intact."""
         self.means()
-        state = self.device_state()
+        state, pending, steps = jax.device_get(
+            (
+                self.device_state(),
+                [total for _, total in self.pending],
+                [replay.steps for replay in self.agent.replays],
+            )
+        )
         for seed, game in enumerate(self.games):
             part = partial(of_seed, seed=seed, seeds=self.config.seeds)
             arrays = checkpoint.named(part(state) | {"seen": game.seen})
             arrays |= {f"env/{name}": x for name, x in game.env.get_state().items()}
             arrays["returns"] = np.array(game.returns, np.float64).reshape(-1, 2)
-            for i, (_, total) in enumerate(self.pending):
-                sums = jax.device_get(part(total))
-                arrays |= {f"pending/{i}/{k}": np.asarray(x) for k, x in sums.items()}
             for i, replay in enumerate(self.agent.replays):
-                index = game.rings.unsaved(
-                    f"level{i}", game.entries[i], replay.capacity
-                )
-                index = index if self.config.seeds == 1 else (seed, index)
-                rows = checkpoint.named(
-                    jax.tree.map(lambda x, at=index: x[at], replay.steps)
-                )
-                game.rings.append(f"level{i}", rows, game.entries[i], replay.capacity)
+                sums = part(pending[i])
+                arrays |= {f"pending/{i}/{k}": np.asarray(x) for k, x in sums.items()}
+                name, total, capacity = f"level{i}", game.entries[i], replay.capacity
+                new = game.rings.unsaved(name, total, capacity)
+                rows = jax.tree.map(lambda x, at=new: x[at], part(steps[i]))
+                game.rings.append(name, checkpoint.named(rows), total, capacity)
             game.sync()
             meta = {
                 "config": asdict(game.config),
