@@ -310,8 +310,11 @@ def update(
     carry: str,
     precision: str = "auto",
     seeds: int = 1,
-) -> tuple[Learner, Replay, dict[str, Float[Array, "*N"]]]:
-    """Samples windows, trains one level on them, writes their new carries back."""
+) -> tuple[Learner, Replay, dict[str, Float[Array, "*N"]], Int[Array, "*N B T"]]:
+    """Samples windows, trains one level on them, writes their new carries back.
+
+    Learner, replay, metrics and the replay's rows that the windows were.
+    """
 
     def one(learner, replay, key):
         key = jax.random.fold_in(jax.random.fold_in(key, 1 + level), learner.updates)
@@ -322,7 +325,8 @@ def update(
         learner, carries, metrics = trainer.update(
             learner, steps, load_carry(before, classes), key=learn_key
         )
-        return learner, replay.refresh(rows, store_carry(carries)), metrics
+        replay = replay.refresh(rows, store_carry(carries))
+        return learner, replay, metrics, rows
 
     with matmul_precision(precision):
         return (one if seeds == 1 else jax.vmap(one))(learner, replay, key)

@@ -117,7 +117,7 @@ def read_header(path: Path, sha256: str | None = None) -> tuple[list[dict], dict
             )
             if not valid:
                 raise CheckpointError(f"{path} describes an impossible array")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has an unreadable header") from error
     total = PREAMBLE + length + sum(entry["length"] for entry in entries)
     if total != size:
@@ -214,22 +214,22 @@ def step_of(path: Path) -> int:
 
 
 def save(
-    run_folder: Path,
-    step: int,
-    arrays: dict[str, np.ndarray],
-    meta: dict,
-    rings: Rings,
+    run_folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict
 ) -> None:
     """Writes the checkpoint of a step; older ones stay. Raises OSError."""
-    path = path_of(run_folder, step)
-    write(path, arrays, meta | {"segments": rings.segments})
+    write(path_of(run_folder, step), arrays, meta)
 
 
 def prune(run_folder: Path) -> None:
-    """Drops all but the newest KEEP good checkpoints, and segments nobody needs."""
+    """Drops all but the newest KEEP good checkpoints, and segments nobody needs.
+
+    The newest is read back whole: only then may it replace one that was good.
+    """
     good, needed = 0, set()
     for old in checkpoints(run_folder):
         try:
+            if good == 0:
+                read(old)
             segments = read_header(old)[1]["segments"] if good < KEEP else {}
         except CheckpointError:
             continue
@@ -258,6 +258,13 @@ def fill(template, arrays: dict[str, np.ndarray], path: Path):
             raise CheckpointError(f"{path} belongs to another configuration")
         values.append(jnp.array(new))
     return jax.tree_util.tree_unflatten(tree, values)
+
+
+def check_numbers(found, own, path: Path) -> None:
+    """Raises CheckpointError unless JSON `found` has the keys and types of `own`."""
+    types = lambda tree: jax.tree.map(type, tree)
+    if types(found) != types(own):
+        raise CheckpointError(f"{path} holds other counts than this program keeps")
 
 
 def prefixed(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

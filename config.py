@@ -180,7 +180,9 @@ class Config:
     log_every: Count = 500
     """Agent steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 10_000
-    """Agent steps between checkpoints."""
+    """Agent steps between checkpoints, at most."""
+    checkpoint_minutes: Annotated[float, Between(0)] = 10.0
+    """Minutes between checkpoints, at most."""
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

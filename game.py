@@ -100,7 +100,7 @@ class Game:
             obs, reward, terminated, truncated, _ = self.env.step(action)
         except Exception as error:
             raise GameError(
-                f"--game {self.config.game}, step {step}: {error}"
+                f"--game {self.config.game}, step {step}: {error!r}"
             ) from error
         self.episode_return += float(reward)
         self.episode_length += 1
@@ -126,7 +126,7 @@ class Game:
         self.returns = [(int(step), value) for step, value in arrays["returns"]]
         self.rings = checkpoint.Rings(self.rings.folder, meta["segments"])
         for name in COUNTS:
-            setattr(self, name, meta["counts"][name])
+            setattr(self, name, meta["counts"]["game"][name])
 
     def write(self, step: int, **values) -> None:
         """One line of metrics.jsonl."""

@@ -100,6 +100,8 @@ class MinAtar(gym.Env[np.ndarray, Any]):
         made, now, fields = unpack(saved["minatar"])
         if made != [self.name, self.max_steps]:
             raise ValueError(f"this is {self.name} to {self.max_steps}, not {made}")
+        if fields.keys() != vars(self.game).keys():
+            raise ValueError(f"this is not a state of {self.name}")
         self.steps, self.needs_reset = now
         self.game.random.set_state(fields.pop("random"))
         for name, value in fields.items():

@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 import checkpoint
 from agent import (
@@ -48,12 +49,20 @@ def add(total, new):
     return jax.tree.map(jnp.add, total, new)
 
 
+@jax.jit
+def first_bad(held, new):
+    """Metrics and rows of an update: those held if not finite, else the new ones."""
+    bad = ~jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(held[0]))))
+    return jax.tree.map(lambda x, y: jnp.where(bad, x, y), held, new)
+
+
 @dataclass
 class Run:
     """One seed, or several in lockstep: the agent on the device and their games.
 
-    Arrays of `agent` and `pending`, the sums of metrics since the last line, have an
-    axis of seeds in front if there are several.
+    `pending` are counts and sums of metrics since the last line, `suspects` metrics and
+    replay rows of each level's newest update or, if one was not finite, of the first
+    such. Of several seeds, arrays have an axis of seeds in front.
     """
 
     config: Config
@@ -62,6 +71,7 @@ class Run:
     agent: Agent
     updates: list[int]
     pending: list[tuple[int, dict]]
+    suspects: list[tuple[dict, Array] | None]
     step: int = 0
     seconds: float = 0.0
 
@@ -77,8 +87,8 @@ class Run:
         agent = init_agents(
             config, env.observation_space.shape, int(env.action_space.n)
         )
-        nothing = [(0, {}) for _ in range(config.levels)]
-        return cls(config, folder, games, agent, [0] * config.levels, nothing)
+        n = config.levels
+        return cls(config, folder, games, agent, [0] * n, [(0, {})] * n, [None] * n)
 
     @property
     def game(self) -> Game:
@@ -150,7 +160,7 @@ class Run:
 
     def update_level(self, i: int) -> None:
         config, agent = self.config, self.agent
-        learner, replay, metrics = update(
+        learner, replay, metrics, rows = update(
             agent.learners[i],
             agent.replays[i],
             agent.key,
@@ -164,6 +174,8 @@ class Run:
         )
         count, total = self.pending[i]
         self.pending[i] = (count + 1, add(total, metrics) if count else metrics)
+        held, new = self.suspects[i], (metrics, rows)
+        self.suspects[i] = first_bad(held, new) if held else new
         self.updates[i] += 1
 
     def measure_update(self) -> tuple[float, float]:
@@ -180,7 +192,7 @@ class Run:
         seconds = []
         for _ in range(4):
             start = time.perf_counter()
-            learner, replay, metrics = call(learner, replay, self.agent.key)
+            learner, replay, metrics, _ = call(learner, replay, self.agent.key)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
         return min(seconds[1:]), work
@@ -192,13 +204,24 @@ class Run:
             for name, x in jax.device_get(total).items():
                 for values, each in zip(found, np.atleast_1d(x), strict=True):
                     values[f"level{i}/{name}"] = float(each) / count
-        for game, values in zip(self.games, found, strict=True):
+        for seed, values in enumerate(found):
             if bad := [name for name, x in values.items() if not np.isfinite(x)]:
                 raise Diverged(
-                    f"seed {game.config.seed}, step {self.step}: "
-                    f"{', '.join(bad)} not finite"
+                    f"step {self.step}: {', '.join(bad)} not finite; the windows it "
+                    f"began with: {self.dump(seed, int(bad[0][len('level')]))}"
                 )
         return found
+
+    def dump(self, seed: int, level: int) -> Path:
+        """Writes the batch and losses of the level's first update that went wrong."""
+        part = partial(of_seed, seed=seed, seeds=self.config.seeds)
+        metrics, rows = jax.device_get(part(self.suspects[level]))
+        steps = jax.device_get(part(self.agent.replays[level].steps))
+        arrays = checkpoint.named(jax.tree.map(lambda x: x[rows], steps))
+        meta = {"level": level, "losses": {k: str(x) for k, x in metrics.items()}}
+        path = self.games[seed].folder / "diverged.ckpt"
+        checkpoint.write(path, arrays, meta)
+        return path
 
     def log(self) -> list[dict[str, float]]:
         """Writes those means as one line per seed, starts new ones. Raises Diverged."""
@@ -242,29 +265,44 @@ class Run:
                 rows = jax.tree.map(lambda x, at=new: x[at], part(steps[i]))
                 game.rings.append(name, checkpoint.named(rows), total, capacity)
             game.sync()
-            meta = {
-                "config": asdict(game.config),
-                "counts": {name: getattr(game, name) for name in COUNTS},
+            meta = self.meta(seed)
+            checkpoint.save(game.folder, self.step, arrays, meta)
+        for game in self.games:
+            checkpoint.prune(game.folder)
+
+    def meta(self, seed: int) -> dict:
+        """Settings and counts of one seed, for JSON."""
+        game = self.games[seed]
+        return {
+            "config": asdict(game.config),
+            "counts": {
+                "game": {name: getattr(game, name) for name in COUNTS},
                 "updates": self.updates,
                 "seconds": self.seconds,
                 "pending": [count for count, _ in self.pending],
-            }
-            checkpoint.save(game.folder, self.step, arrays, meta, game.rings)
-        for game in self.games:
-            checkpoint.prune(game.folder)
+            },
+            "segments": game.rings.segments,
+        }
 
     def restore(self, step: int) -> None:
         """Continues from the checkpoints of an agent step.
 
-        Raises CheckpointError, with nothing changed.
+        Raises CheckpointError, after which only another checkpoint makes sense.
         """
         found = []
         for seed, game in enumerate(self.games):
-            found.append(self._read(seed, checkpoint.path_of(game.folder, step)))
-        for game, (_, arrays, meta) in zip(self.games, found, strict=True):
-            game.restore(arrays, meta)
+            path = checkpoint.path_of(game.folder, step)
+            try:
+                found.append(self._read(seed, path))
+                game.restore(*found[-1][1:])
+            except checkpoint.CheckpointError:
+                raise
+            except Exception as error:  # whatever foreign contents provoke
+                raise checkpoint.CheckpointError(
+                    f"{path} has foreign contents: {error!r}"
+                ) from error
         state = over_seeds([state for state, _, _ in found])
-        arrays, meta = found[0][1:]
+        counts = found[0][2]["counts"]
         self.agent = Agent(
             state["learners"],
             state["replays"],
@@ -275,10 +313,10 @@ class Run:
         sums = lambda arrays, i: checkpoint.prefixed(arrays, f"pending/{i}/")
         self.pending = [
             (count, over_seeds([sums(arrays, i) for _, arrays, _ in found]))
-            for i, count in enumerate(meta["pending"])
+            for i, count in enumerate(counts["pending"])
         ]
-        self.step, self.updates = step, meta["updates"]
-        self.seconds = meta["seconds"]
+        self.step, self.updates = step, counts["updates"]
+        self.seconds = counts["seconds"]
 
     def restore_newest(self) -> bool:
         """From the newest step that every seed has a good checkpoint of, if any."""
@@ -297,6 +335,7 @@ class Run:
     def _read(self, seed: int, path: Path) -> tuple[dict, dict, dict]:
         """State of one seed, all arrays and meta. Raises CheckpointError."""
         arrays, meta = checkpoint.read(path)
+        checkpoint.check_numbers(meta["counts"], self.meta(seed)["counts"], path)
         part = partial(of_seed, seed=seed, seeds=self.config.seeds)
         shapes = jax.eval_shape(part, self.device_state() | {"all": self.agent.replays})
         blank = shapes.pop("all")

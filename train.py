@@ -37,7 +37,7 @@ from run import Diverged, Run, evaluate, keep_compiled, load_config
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
 DEAD_CODE_NATS = 0.05
-MAY_CHANGE = {"eval_episodes", "checkpoint_every"}
+MAY_CHANGE = {"eval_episodes", "checkpoint_every", "checkpoint_minutes"}
 
 
 def parse(argv: list[str]) -> Config:
@@ -175,15 +175,13 @@ def open_run(config: Config) -> Run:
         )
     run = Run.start(config, folder)
     if config.resume is None:
-        for game in run.games:
-            (game.folder / "checkpoint").mkdir(parents=True)
-            write_config(game.folder, game.config)
-        write_config(folder, config)
+        make_folder(run)
     elif not run.restore_newest():
         print(
             f"train.py: {folder} has no usable checkpoint, starting over",
             file=sys.stderr,
         )
+        run = Run.start(config, folder)
     for game in run.games:
         game.cut()
     return run
@@ -199,6 +197,17 @@ def write_config(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
 
 
+def make_folder(run: Run) -> None:
+    """The run's folder with its settings, or none if something happens meanwhile."""
+    partial = run.folder.with_name(f"{run.folder.name}.partial")
+    for game in run.games:
+        inside = partial / game.folder.relative_to(run.folder)
+        (inside / "checkpoint").mkdir(parents=True, exist_ok=True)
+        write_config(inside, game.config)
+    write_config(partial, run.config)
+    partial.rename(run.folder)
+
+
 def train(run: Run, stop: Stop) -> None:
     """To the end of the run. Raises Diverged, GameError, Interrupted after saving."""
     config = run.config
@@ -208,6 +217,7 @@ def train(run: Run, stop: Stop) -> None:
     ]
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     began, updates, before = time.monotonic(), sum(run.updates), run.seconds
+    saved = began
     while run.step < config.steps and not stop.asked:
         run.advance()
         run.seconds = before + time.monotonic() - began
@@ -222,8 +232,11 @@ def train(run: Run, stop: Stop) -> None:
                 for name, value in values.items():
                     board.add_scalar(name, value, run.step)
                 warn_of_dead_codes(run, values, bar)
-        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+        late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+        due = late or run.step % config.checkpoint_every == 0
+        if due or run.step == config.steps:
             save(run, bar)
+            saved = time.monotonic()
     if stop.asked:
         save(run, bar)
     bar.close()
@@ -335,7 +348,7 @@ def show(results: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 not finite, 130 when stopped."""
+    """Exit code: 0 done, 2 bad input, 3 not finite, 4 game failed, 130 when stopped."""
     argv = sys.argv[1:] if argv is None else argv
     keep_compiled()
     try:
@@ -355,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Diverged, GameError) as error:
         newest = next(iter(checkpoint.checkpoints(run.games[0].folder)), "none")
         print(f"train.py: {error}; last good checkpoint: {newest}", file=sys.stderr)
-        return 3
+        return 3 if isinstance(error, Diverged) else 4
     print(f"run folder: {run.folder}")
     return 0
 

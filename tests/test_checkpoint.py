@@ -27,6 +27,7 @@ SOME = {
     "x": np.array([1 + 2j, 3 - 1j], np.complex64),
     "step": np.array(7, np.int32),
 }
+EMPTY = {"segments": {}}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -147,7 +148,9 @@ def test_the_newest_two_stay_with_their_segments(tmp_path):
         ring[(step - 1) % 4] = step
         rows = {"a": ring[rings.unsaved("level0", step, 4)]}
         rings.append("level0", rows, step, 4)
-        checkpoint.save(tmp_path, step, {"w": np.array(step)}, {}, rings)
+        checkpoint.save(
+            tmp_path, step, {"w": np.array(step)}, {"segments": rings.segments}
+        )
         checkpoint.prune(tmp_path)
     names = [p.name for p in checkpoint.checkpoints(tmp_path)]
     assert names == ["step-000000008.ckpt", "step-000000007.ckpt"]
@@ -163,26 +166,25 @@ def test_the_newest_two_stay_with_their_segments(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     (tmp_path / "checkpoint").mkdir()
-    rings, path = Rings(tmp_path / "checkpoint"), checkpoint.path_of(tmp_path, 1)
-    checkpoint.save(tmp_path, 1, SOME, {}, rings)
+    path = checkpoint.path_of(tmp_path, 1)
+    checkpoint.save(tmp_path, 1, SOME, {})
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, 2, SOME, {}, rings)
+        checkpoint.save(tmp_path, 2, SOME, {})
     assert checkpoint.checkpoints(tmp_path) == [path]
     assert same(read(path)[0], SOME)
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    rings = Rings(tmp_path / "checkpoint")
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, SOME, {}, rings)
+        checkpoint.save(tmp_path, step, SOME, EMPTY)
     checkpoint.path_of(tmp_path, 2).write_bytes(b"torn")
-    checkpoint.save(tmp_path, 3, SOME, {}, rings)
+    checkpoint.save(tmp_path, 3, SOME, EMPTY)
     checkpoint.prune(tmp_path)
     assert same(read(checkpoint.path_of(tmp_path, 1))[0], SOME)
 

@@ -146,7 +146,7 @@ def test_resuming_with_other_settings_names_each(whole, capsys):
 def state_of(folder: Path) -> tuple:
     """Everything that two equal runs share: bytes of metrics, arrays, counters."""
     arrays, meta = checkpoint.read(checkpoint.checkpoints(folder)[0])
-    del meta["seconds"], meta["config"]
+    del meta["counts"]["seconds"], meta["config"]
     segments = sorted((folder / "checkpoint").glob("*.seg"))
     data = {path.name: path.read_bytes() for path in segments}
     metrics = (folder / "metrics.jsonl").read_bytes()
@@ -218,5 +218,9 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch)
     assert train.main([*TINY, *flags]) == 3
     error = capsys.readouterr().err
     assert "level0/loss_actor" in error
-    assert "not finite; last good checkpoint: none" in error
+    assert "not finite" in error and "last good checkpoint: none" in error
+    arrays, meta = checkpoint.read(folder / "diverged.ckpt")
+    assert (meta["level"], meta["losses"]["loss_actor"]) == (0, "nan")
+    assert arrays[".reward"].shape == (2, 4)
+    assert arrays[".obs"].all()
     assert not checkpoint.checkpoints(folder)
