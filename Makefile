@@ -1,4 +1,4 @@
-.PHONY: install test lint slow gpu ci
+.PHONY: install test lint slow gpu bench ci
 
 install:
 	pip install -e '.[test,dev]'
@@ -15,6 +15,9 @@ slow:
 
 gpu:
 	pytest -m gpu
+
+bench:
+	python bench.py
 
 ci:
 	bash .ci/run

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from agent import init_agents, make_trainer, update
+from agent import init_agents, make_trainer, matmul_precision, update
 from config import Config
 
 
@@ -29,18 +29,19 @@ def dot_flops(eqn) -> float:
     return 2 * total / (contracted * shared)  # (COST 1)
 
 
-def flops(jaxpr: Jaxpr) -> float:
-    """Matrix-product FLOPs of a traced program."""
+def flops(jaxpr: Jaxpr, loops_once: bool = False) -> float:
+    """Matrix-product FLOPs of a traced program; `loops_once` as XLA counts them."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             total += dot_flops(eqn)
             continue
-        inner = [flops(j) for j in subprograms(eqn.params)]
+        inner = [flops(j, loops_once) for j in subprograms(eqn.params)]
         if eqn.primitive.name == "cond":
             total += max(inner)
         elif eqn.primitive.name == "scan":
-            total += eqn.params["length"] * sum(inner)
+            times = 1 if loops_once else eqn.params["length"]
+            total += times * sum(inner)
         else:
             total += sum(inner)
     return total
@@ -85,11 +86,14 @@ def update_flops(config: Config, obs_shape: tuple, actions: int) -> list[float]:
     return totals
 
 
-def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of one large float32 matrix product here and now, median."""
+def matmul_peak(
+    size: int = 2048, repeats: int = 5, precision: str = "float32"
+) -> float:
+    """FLOP/s of one large matrix product here and now, median."""
     x = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
+    with matmul_precision(precision):
+        product = jax.jit(lambda x: x @ x)
+        product(x).block_until_ready()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
