@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_no_file_is_larger_than_five_megabytes():
 def test_readme_lists_the_modules_in_import_order():
     """A module imports only from those above it; line counts are near the truth."""
     rows = re.findall(
-        r"^\| \[(\w+)\.py\]\(\1\.py\) .* \| (\d+) \|$",
+        r"^\| \[(\w+)\.py\]\(\1\.py\) .* \| (\d+) \|(?: .* \|)?$",
         (ROOT / "README.md").read_text(),
         re.M,
     )
@@ -117,3 +118,27 @@ def test_readme_lists_the_modules_in_import_order():
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & set(names)
         assert imported <= set(names[:place]), f"{name} imports from below"
         assert abs(len(text.splitlines()) - int(lines)) <= 10, name
+
+
+def test_readme_links_each_notebook_beside_a_module_it_imports():
+    rows = re.findall(
+        r"^\| \[(\w+)\.py\].*\[(\d\d)\]\((notebooks/\2_\w+\.ipynb)\) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    notebooks = ROOT.glob("notebooks/*.ipynb")
+    linked = sorted(path for _, _, path in rows)
+    assert linked == sorted(str(path.relative_to(ROOT)) for path in notebooks)
+    for module, _, path in rows:
+        assert re.search(rf"(from|import) {module}\b", (ROOT / path).read_text()), path
+
+
+def test_first_figure_is_what_its_script_draws_and_names_files_that_exist(tmp_path):
+    """The words of both; outlines of letters may differ between matplotlib versions."""
+    script, drawn = ROOT / "docs" / "tower.py", tmp_path / "tower.svg"
+    subprocess.run([sys.executable, str(script), str(drawn)], check=True)
+    words = lambda path: re.findall(r"<!-- (.+?) -->", path.read_text())
+    assert words(drawn) == words(script.with_suffix(".svg"))
+    named = set(re.findall(r"(\w+)\.py", " ".join(words(drawn))))
+    assert {"s5", "s5wm", "subactor", "etbs", "hieros"} <= named <= set(MODULES)
+    assert "docs/tower.svg" in (ROOT / "README.md").read_text()
