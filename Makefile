@@ -1,4 +1,4 @@
-.PHONY: install test lint slow gpu ci
+.PHONY: install test lint slow notebooks gpu ci
 
 install:
 	pip install -e '.[test,dev]'
@@ -12,6 +12,9 @@ lint:
 
 slow:
 	pytest -m slow
+
+notebooks:
+	pytest -m slow tests/test_notebooks.py -k scratch
 
 gpu:
 	pytest -m gpu
