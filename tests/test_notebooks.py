@@ -57,8 +57,8 @@ def symbols(markdown):
     """First column of the table whose head is symbol | in code | meaning."""
     table = re.search(r"\| symbol \| in code .*\n\|[-| ]*\n((?:\|.*\n?)+)", markdown)
     column = [row.split(" | ")[0] for row in table[1].splitlines()] if table else []
-    cells = [re.split(r",|=", plain(cell.strip("| "))) for cell in column]
-    return [re.sub(r"\(t\)|\^i$", "", s.strip()) for cell in cells for s in cell]
+    cells = [plain(cell.strip("| ")).split("=")[0].split(",") for cell in column]
+    return [symbol.strip() for cell in cells for symbol in cell]
 
 
 def known(symbol, text):
@@ -74,7 +74,7 @@ def redefined(code):
             x.name for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef)
         }
     own = set()
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.parse(code).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             own.add(node.name)
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
