@@ -1,4 +1,4 @@
-.PHONY: install test lint slow gpu bench ci
+.PHONY: install test lint slow gpu notebooks bench ci
 
 install:
 	pip install -e '.[test,dev]'
@@ -12,6 +12,9 @@ lint:
 
 slow:
 	pytest -m slow
+
+notebooks:
+	pytest tests/test_notebooks.py
 
 gpu:
 	pytest -m gpu

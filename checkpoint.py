@@ -2,7 +2,7 @@
 
 One file holds named arrays and a JSON object:
 
-    magic  8 bytes "HIEROS\\x00\\x01"     version of the format in the last byte
+    magic  8 bytes "HIEROS\\x00\\x02"     version of the format in the last byte
     size   8 bytes, little endian       length of the header
     sha    32 bytes                     SHA-256 of the header
     header JSON                         meta; name, dtype, shape, length and SHA-256
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAGIC = b"HIEROS\x00"
-VERSION = 1
+VERSION = 2
 PREAMBLE = len(MAGIC) + 1 + 8 + 32
 MAX_HEADER = 1 << 26
 ZLIB_MAX_RATIO = 1100
@@ -38,21 +38,27 @@ class CheckpointError(Exception):
     """A file that is no checkpoint, or a damaged or foreign one; says so in a line."""
 
 
-def write(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> str:
-    """Writes one file and returns the SHA-256 of its header. Raises OSError."""
+def write(
+    path: Path, arrays: dict[str, np.ndarray], meta: dict, *, small: bool = False
+) -> str:
+    """Writes one file and returns the SHA-256 of its header. Raises OSError.
+
+    Floats hardly shrink, pixels, classes and flags do, more than tenfold: only `small`
+    files pack floats too.
+    """
     entries, blobs = [], []
     for name, array in arrays.items():
         raw = np.ascontiguousarray(array).tobytes()
-        # Floats hardly shrink; pixels, classes and flags do, more than tenfold.
-        packed = zlib.compress(raw, 1) if array.dtype.itemsize <= 2 else raw
-        blobs.append(packed)
+        packed = small or array.dtype.itemsize <= 2
+        blobs.append(zlib.compress(raw, 9 if small else 1) if packed else raw)
         entries.append(
             {
                 "name": name,
                 "dtype": array.dtype.name,
                 "shape": array.shape,
-                "length": len(packed),
-                "sha256": hashlib.sha256(packed).hexdigest(),
+                "packed": packed,
+                "length": len(blobs[-1]),
+                "sha256": hashlib.sha256(blobs[-1]).hexdigest(),
             }
         )
     header = json.dumps({"arrays": entries, "meta": meta}).encode()
@@ -111,6 +117,7 @@ def read_header(path: Path, sha256: str | None = None) -> tuple[list[dict], dict
             valid = (
                 entry["dtype"] in DTYPES
                 and isinstance(entry["name"], str)
+                and isinstance(entry["packed"], bool)
                 and all(isinstance(n, int) and n >= 0 for n in entry["shape"])
                 and isinstance(entry["length"], int)
                 and entry["length"] >= 0
@@ -137,7 +144,7 @@ def read(path: Path, sha256: str | None = None) -> tuple[dict[str, np.ndarray], 
             if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{path} is damaged at {name}")
             bytes_needed = dtype.itemsize * int(np.prod(entry["shape"], dtype=object))
-            if dtype.itemsize <= 2:
+            if entry["packed"]:
                 raw = unpack(raw, bytes_needed)
             if len(raw) != bytes_needed:
                 raise CheckpointError(f"{path} holds {name} at another size")

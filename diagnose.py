@@ -13,7 +13,6 @@ of h, S categoricals × K classes of z, G × A action code, h w c of a picture.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from etbs import load_carry
 from nets import mode_onehot, symexp
 from run import Run
 from s5wm import Carry, Latent, Transition, WorldModel
+from subactor import Learner
 from subgoal import subgoal_reward
 
 CONTEXT, IMAGINED, WINDOWS = 8, 24, 64
@@ -184,6 +184,20 @@ def nearest(
     return jnp.argmax(agreement), jnp.max(agreement)  # (DIA 1)
 
 
+def sought(
+    learners: tuple[Learner, ...], G: Float[Array, "M H"], latent: Latent
+) -> tuple[Int[Array, " M"], Float[Array, " M"], Pictures]:
+    """Goals of the highest of some levels, lowest first, sought among its latents (n).
+
+    The closest latents, their subgoal reward, and the goals as pictures. (DIA 2)
+    """
+    standardise = learners[-1].standardiser
+    k, best = jax.vmap(nearest, (0, None))(G, standardise(latent.h))  # (DIA 1)
+    decoders = tuple(x.subactor.world_model.heads.decoder for x in learners)
+    h = symexp(standardise.inverse(G))
+    return k, best, np.asarray(decode(decoders, latent.z[k], h))  # (DIA 2)
+
+
 class Aim(NamedTuple):
     """Goals of one level at M moments.
 
@@ -211,17 +225,16 @@ def aim(run: Run, level: int, due: Ages, entries: int, moments: Ages) -> Aim:
     G = jax.vmap(autoencoder.decode)(jax.nn.one_hot(codes, autoencoder.code_shape[1]))
     newest = int(replay.size) - entries + np.arange(entries)
     latent = jax.tree.map(lambda x: x[0], replayed(run, level, newest[None])[1])
-    S = standardise(latent.h)
-    k, best = jax.vmap(nearest, (0, None))(G, S)  # (DIA 1)
+    k, best, pictures = sought(run.agent.learners[: level + 1], G, latent)
     below = run.agent.subactors[: level + 1]
-    down = partial(decode, tuple(s.world_model.heads.decoder for s in below))
+    decoders = tuple(s.world_model.heads.decoder for s in below)
     return Aim(
         level=level,
-        now=np.asarray(jax.vmap(subgoal_reward)(G, S[back])),
+        now=np.asarray(jax.vmap(subgoal_reward)(G, standardise(latent.h[back]))),
         best=np.asarray(best),
         frame=frames(run, due[np.asarray(k) - entries]),
-        state=np.asarray(down(latent.z[k], latent.h[k])),
-        goal=np.asarray(down(latent.z[k], symexp(standardise.inverse(G)))),  # (DIA 2)
+        state=np.asarray(decode(decoders, latent.z[k], latent.h[k])),
+        goal=pictures,
     )
 
 

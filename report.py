@@ -271,6 +271,17 @@ def show(axes: Axes, picture: Float[np.ndarray, "h w c"], row: str = ""):
     return axes.imshow(to_rgb(picture), interpolation="nearest")
 
 
+def sheet(
+    axes: np.ndarray, rows: dict[str, Pictures], titles: Sequence[str] = ()
+) -> None:
+    """Pictures on a grid of axes, one named row each, all on the same scale."""
+    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for column, (a, picture) in enumerate(zip(row, pictures, strict=True)):
+            show(a, picture, name if column == 0 else "")
+    for a, title in zip(axes[0], titles, strict=False):
+        a.set_title(title, fontsize=8, loc="center")
+
+
 def film_strip(run: Run, play: OpenLoop) -> Figure:
     """The window of median error, and the errors of all windows."""
     W, T, height, width = play.truth.shape[:4]
@@ -334,11 +345,12 @@ def write_film(run: Run, play: OpenLoop, path: Path) -> None:
 def goal_sheet(run: Run, now: Pictures, found: list[Aim]) -> Figure:
     """Frames, and under them the goals of every level decoded down to pixels."""
     rms = lambda x: np.sqrt((x**2).mean())
-    rows, text = [("the game", now)], ""
+    rows, text = {"the game": now}, ""
     for goal in found:
-        rows.append((f"level {goal.level} goal:\nclosest state", goal.frame))
-        rows.append(("that state,\ndecoded", goal.state))
-        rows.append(("the goal,\ndecoded", goal.goal))
+        name = f"level {goal.level} goal"
+        rows[f"{name}:\nclosest state"] = goal.frame
+        rows[f"{name}:\nthat, decoded"] = goal.state
+        rows[f"{name},\ndecoded"] = goal.goal
         text += (
             f" Level {goal.level}, {run.updates[goal.level]} updates: decoding changes "
             f"a state's frame by {rms(goal.state - goal.frame):.2g}, the goal what is "
@@ -347,9 +359,7 @@ def goal_sheet(run: Run, now: Pictures, found: list[Aim]) -> Figure:
     tall = min(1.2 * now.shape[1] / now.shape[2], 1.4)
     figure = Figure(figsize=(8.5, 1.2 + len(rows) * tall))
     grid = figure.subplots(len(rows), len(now), squeeze=False)
-    for axes, (name, pictures) in zip(grid, rows, strict=True):
-        for m, picture in enumerate(pictures):
-            show(axes[m], picture, name if m == 0 else "")
+    sheet(grid, rows)
     for axes, goal in zip(grid[3::3], found, strict=True):
         for a, r, best in zip(axes, goal.now, goal.best, strict=True):
             a.set_xlabel(f"r_g {r:.2f}, closest {best:.2f}", fontsize=7)

@@ -417,11 +417,8 @@ def load(folder: Path) -> Run:
 
 def save_weights(path: Path, config: Config, learners: tuple[Learner, ...]) -> None:
     """A file of what acting and imagining need: no optimisers, no replay."""
-    checkpoint.write(
-        path,
-        checkpoint.named({"learners": without_adam(learners)}),
-        {"config": asdict(config)},
-    )
+    arrays = checkpoint.named({"learners": without_adam(learners)})
+    checkpoint.write(path, arrays, {"config": asdict(config)}, small=True)
 
 
 def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:

@@ -88,7 +88,7 @@ def test_a_later_format_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[7] = 9
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="format 9, this program reads format 1"):
+    with pytest.raises(CheckpointError, match="format 9, this program reads format 2"):
         read(path)
 
 
