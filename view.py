@@ -224,10 +224,9 @@ def futures(level: Level, names: list[str]) -> dict[str, Any]:
     found = dreams(subactor, starts, given, forced)
 
     def keep(x):
-        some = [x[:, :2], x[:, 2:, np.array(AHEAD) - 1]]
-        return jnp.concatenate(
-            [y.reshape(len(rows), -1, *y.shape[3:]) for y in some], 1
-        )
+        some = x[:, :2], x[:, 2:, np.array(AHEAD) - 1]
+        flat = [y.reshape(len(rows), -1, *y.shape[3:]) for y in some]
+        return jnp.concatenate(flat, 1)
 
     pictures = level.pictures(keep(found.z), keep(found.h))
     return {
@@ -363,22 +362,22 @@ def main(
         run_dir: run folder, or file of weights
         episode_steps: agent steps at most; Pong ends within 2000
         seed: another seed, another episode
-        out: file to write; default: RUN_DIR/view.html, for weights NAME.html
+        out: file to write; default: RUN_DIR/view.html, for weights runs/NAME.html
         play: add branches of imagination in which you choose the actions
     """
-    if episode_steps < 1:
-        raise UsageError(
-            f"--episode-steps {episode_steps} is not possible: give 1 or more"
-        )
+    for flag, value, low in (("episode-steps", episode_steps, 1), ("seed", seed, 0)):
+        if value < low:
+            raise UsageError(f"--{flag} {value} is not possible: give {low} or more")
+    if out is None:
+        page_of = Path("runs") / f"{run_dir.stem}.html"
+        out = run_dir / "view.html" if run_dir.is_dir() else page_of
+        out.parent.mkdir(exist_ok=True)
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}")
     keep_compiled()
     config, learners = load_weights(run_dir)
-    text = page(
-        config, learners, let_play(config, learners, episode_steps, seed=seed), play
-    )
-    if out is None:
-        out = (
-            run_dir / "view.html" if run_dir.is_dir() else run_dir.with_suffix(".html")
-        )
+    episode = let_play(config, learners, episode_steps, seed=seed)
+    text = page(config, learners, episode, play)
     out.write_text(text)
     print(f"{out}: {len(text) / 1e6:.1f} MB")
     if len(text) > PAGE_BYTES:
