@@ -63,7 +63,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "both": {"frame_skip": 6, "every_action": True},
 }
 RunDirs = tyro.conf.Positional[tuple[Path, ...]]
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "height width 3"]
 
 
 class Episode(NamedTuple):
