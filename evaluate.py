@@ -198,7 +198,8 @@ def chance(
 ) -> dict[str, Any]:
     """Uniformly random play in the environment of training: returns and lengths."""
     env = atari.make(game, seed=0, frame_skip=frame_skip)
-    env.observation = lambda: None  # nobody looks
+    black = env.observation()
+    env.observation = lambda: black  # nobody looks
     if every_action:
         env.actions = tuple(env.ale.getLegalActionSet())
     rng = np.random.default_rng(0)
@@ -298,16 +299,23 @@ def duration(seconds: float) -> str:
 
 
 def page_row(name: str, raw: dict[str, Any]) -> list[str]:
-    """One raw result in the page's table; what it does not say is a dash."""
-    seconds, seeds = raw["wall_seconds"], raw["seeds"]
-    runs = [x or 0.0 for x in seconds] if isinstance(seconds, list) else [seconds]
-    each = fmean(runs) / 3600
+    """One raw result in the page's table; a dash for what it does not say."""
+    many = lambda x: x if isinstance(x, list) else [x]
+    seconds = [float(x or 0) for x in many(raw["wall_seconds"])] or [0.0]
     kinds = {"core": raw.get("cores"), "GPU": raw.get("gpus")}
-    cost = [f"{each * many:.2g} {kind}-hours" for kind, many in kinds.items() if many]
-    time_, seeds = duration(sum(runs)), " ".join(map(str, seeds)) or "-"
-    what = raw.get("summary", "-").replace("|", "/")
-    per_run = f"{duration(fmean(runs))}; {', '.join(cost) or 'cores not stated'}"
-    return [name, what, raw["hardware"], seeds, time_, per_run, str(raw["commit"])]
+    cost = [
+        f"{fmean(seconds) / 3600 * number:.2g} {kind}-hours"
+        for kind, number in kinds.items()
+        if number
+    ]
+    cells = (
+        *(name, raw.get("summary", "-"), raw["hardware"]),
+        " ".join(map(str, many(raw["seeds"]))) or "-",
+        duration(sum(seconds)),
+        f"{duration(fmean(seconds))}; {', '.join(cost) or 'cores not stated'}",
+        raw["commit"],
+    )
+    return [str(cell).replace("|", "/") for cell in cells]
 
 
 def make_page(folder: Path) -> str:
