@@ -215,17 +215,19 @@ def follow(jobs: list[Job], waiting: dict[Any, str], board) -> dict[str, str]:
         try:
             done, _ = ray.wait(list(waiting), timeout=1)
             for ref in done:
-                name = waiting.pop(ref)
                 try:
-                    ended[name] = ray.get(ref)
+                    end = ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    ended[name] = str(error).strip().splitlines()[-1]
+                    end = str(error).strip().splitlines()[-1]
+                ended[waiting.pop(ref)] = end
             rows = ray.get(board.read.remote(go_on))
             if time.monotonic() - shown > every or not waiting:
                 states = {k: {"state": v.partition(":")[0]} for k, v in ended.items()}
                 both = {k: rows.get(k, {}) | states.get(k, {}) for k in rows | states}
                 lines, shown = display(table(jobs, both), lines), time.monotonic()
         except KeyboardInterrupt:
+            if not go_on:
+                raise  # asked twice: at once, from the checkpoints that there are
             go_on, lines = False, 0
             print("\nstopping: every run saves a checkpoint first", flush=True)
     return ended
@@ -248,13 +250,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     todo = [job for job, _ in jobs if not store.result(job.name)]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already", flush=True)
-    ended = run_all(todo, sweep) if todo else {}
+    try:
+        ended = run_all(todo, sweep) if todo else {}
+    except KeyboardInterrupt:
+        return 130
     bad = {name: end for name, end in ended.items() if end not in ("done", "stopped")}
     for name, end in bad.items():
         print(f"sweep.py: {name}: {end}", file=sys.stderr)
-    if stopped := "stopped" in ended.values() or bool(bad):
+    stopped = "stopped" in ended.values()
+    if stopped or bad:
         print("the same command goes on with what is missing")
-    return 130 if "stopped" in ended.values() else int(stopped)
+    return 130 if stopped else int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def start(job: Job, folder: Path, gpus: float, held: int, source: str | None):
     else:
         shutil.rmtree(folder, ignore_errors=True)
         command += ["--run-dir", str(folder)]
-    env = dict(os.environ)
+    env = os.environ | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     if 0 < gpus < 1:  # JAX would take three quarters of the whole GPU
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * gpus:.3f}"
     checkpoints = sorted(folder.glob("checkpoint/*.ckpt"))

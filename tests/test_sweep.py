@@ -144,7 +144,7 @@ def command(tmp_path: Path, out: str, *flags: str) -> list[str]:
     return [sys.executable, "-c", script, *flags, *words]
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=300):
     """The first true value that `what` returns."""
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -202,17 +202,17 @@ def test_killed_stopped_and_continued(tmp_path):
     with subprocess.Popen(words, **quiet) as process:
         kill_worker_of(out / "Pong-0")
         process.send_signal(signal.SIGINT)
-        text = process.communicate(timeout=120)[0]
+        text = process.communicate(timeout=300)[0]
     assert process.returncode == 130, text
     assert "the same command goes on" in text
     *_, last = (line for line in text.splitlines() if line.startswith("Pong-0"))
     assert last.split()[1] == "stopped"
-    finished = subprocess.run(words, **quiet, timeout=200, check=False)
+    finished = subprocess.run(words, **quiet, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout
     assert re.fullmatch(r"(\d) runs: \1 done", finished.stdout.splitlines()[-1])
     check(out, {"Pong-0"})
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again = subprocess.run(words, **quiet, timeout=200, check=False)
+    again = subprocess.run(words, **quiet, timeout=300, check=False)
     assert again.stdout == "4 of 4 runs are done already\n" and again.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -222,7 +222,6 @@ def test_two_machines_one_of_which_dies(tmp_path, monkeypatch):
     """Two raylets and a store behind a URL, as on a cluster without a shared path."""
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         second = cluster.add_node(num_cpus=2)
@@ -234,7 +233,7 @@ def test_two_machines_one_of_which_dies(tmp_path, monkeypatch):
             kill_worker_of(scratch / "Krull-1")
             wait_for(lambda: len(computed(scratch / "Pong-1")) > 12)
             cluster.remove_node(second, allow_graceful=False)
-            assert process.wait(timeout=240) == 0
+            assert process.wait(timeout=300) == 0
         names = ("Pong-0", "Pong-1", "Krull-0", "Krull-1")
         moved = {name for name in names if len(begun(out / name)) > 1}
         assert len(moved) >= 2
@@ -252,7 +251,7 @@ def test_runs_that_fail_are_named_and_not_repeated(tmp_path):
     words[words.index("Pong")] = "Breakout"
     words[words.index("--seeds") + 1], words[-1] = "1", "10"
     quiet = {"env": ENV, "cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run(words, **quiet, timeout=200, check=False)
+    done = subprocess.run(words, **quiet, timeout=300, check=False)
     assert done.returncode == 1, done.stderr
     assert f"Boxing-0: not finite: see {out}/Boxing-0.log" in done.stderr
     assert len(begun(out / "Boxing-0")) == 1
