@@ -260,6 +260,9 @@ def draw_intervals(axes: Axes, rows: dict[str, Any], xlabel: str) -> None:
         colour = "grey" if math.isnan(low) else COLOURS[y % len(COLOURS)]
         axes.plot([low, high], [y, y], c=colour, alpha=0.4, lw=9, solid_capstyle="butt")
         axes.plot(point, y, "|", color=colour, ms=11, mew=2.5)
+        if math.isnan(point):
+            centre = {"ha": "center", "va": "center", "color": "grey"}
+            axes.text(0.5, y, "missing", transform=axes.get_yaxis_transform(), **centre)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
