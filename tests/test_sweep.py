@@ -24,7 +24,7 @@ import sweep
 import train
 from config import TINY
 from sweep import Sweep, plan
-from worker import Job, Store
+from worker import Job
 
 ROOT = Path(__file__).parent.parent
 CPU = Sweep(games=("catch",), seeds=1, gpus_per_run=0.0)
@@ -166,14 +166,14 @@ def computed(folder: Path) -> list[tuple[int, int]]:
     return [(int(x.split()[0]), int(x.split()[1])) for x in lines if len(x.split()) > 1]
 
 
-def kill_worker_of(folder: Path) -> int:
-    """SIGKILL to the worker of a run that has a checkpoint; returns its last step."""
-    wait_for(lambda: len(computed(folder)) > 8)
+def kill_worker_of(folder: Path) -> None:
+    """SIGKILL to the worker of a run that has a checkpoint; waits for the next one."""
+    wait_for(lambda: list(folder.glob("checkpoint/*.ckpt")))
     os.kill(begun(folder)[-1]["worker"], signal.SIGKILL)
-    return wait_for(lambda: len(begun(folder)) > 1 and len(computed(folder)))
+    wait_for(lambda: len(begun(folder)) > 1)
 
 
-def check(out: Path, steps: int, killed: set[str]):
+def check(out: Path, steps: int, killed: set[str], lost: int):
     """Every run is whole; only what no checkpoint held was computed twice."""
     for name in ("Pong-0", "Pong-1", "Krull-0", "Krull-1"):
         folder = out / name
@@ -182,7 +182,7 @@ def check(out: Path, steps: int, killed: set[str]):
         counts = Counter(step for _, step in computed(folder))
         assert set(counts) == set(range(1, steps + 1))
         again = sum(counts.values()) - steps
-        assert again <= 2 * (len(begun(folder)) - 1) * (name in killed), name
+        assert again <= (lost if name in killed else 0), name
         processes = [process for process, _ in computed(folder)]
         order = list(dict.fromkeys(processes))
         assert processes == sorted(processes, key=order.index)  # never two at once
@@ -209,7 +209,7 @@ def test_killed_stopped_and_continued(tmp_path):
     finished = subprocess.run(words, **quiet, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout
     assert re.fullmatch(r"(\d) runs: \1 done", finished.stdout.splitlines()[-1])
-    check(out, 40, {"Pong-0"})
+    check(out, 40, {"Pong-0"}, lost=2)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = subprocess.run(words, **quiet, timeout=300, check=False)
     assert again.stdout == "4 of 4 runs are done already\n" and again.returncode == 0
@@ -228,15 +228,14 @@ def test_two_machines_one_of_which_dies(tmp_path, monkeypatch):
         flags = ("--address", cluster.address)
         words = command(tmp_path, 300, f"file://{out}", *flags)
         with subprocess.Popen(words, cwd=tmp_path) as process:
-            scratch = Store(f"file://{out}").home
-            kill_worker_of(scratch / "Krull-1")
-            wait_for(lambda: len(computed(scratch / "Pong-1")) > 12)
+            kill_worker_of(out / "Krull-1")
+            wait_for(lambda: list(out.glob("Pong-1/checkpoint/*.ckpt")))
             cluster.remove_node(second, allow_graceful=False)
             assert process.wait(timeout=300) == 0
         names = ("Pong-0", "Pong-1", "Krull-0", "Krull-1")
         moved = {name for name in names if len(begun(out / name)) > 1}
         assert len(moved) >= 2
-        check(out, 300, moved)
+        check(out, 300, moved, lost=100)  # uploads are seconds apart, steps tenths
     finally:
         cluster.shutdown()
 

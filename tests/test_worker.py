@@ -133,7 +133,7 @@ def test_a_trainer_dies_with_its_worker_and_only_then_is_its_folder_free(
         from pathlib import Path
         import worker
         folder = Path({str(tmp_path / "run")!r})
-        job = worker.Job("run", ("--steps", "9999", "--game", "Pong"), 9999)
+        job = worker.Job("run", ("--steps", "600", "--game", "Pong"), 600)
         with worker.lock(folder) as held:
             trainer = worker.start(job, folder, 0.0, held, {str(source)!r})
         print(trainer.pid, flush=True)
