@@ -21,16 +21,13 @@ Axes: R replicates, G games, N and M seeds of two agents, T thresholds τ.
 import csv
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from glob import glob
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -128,19 +125,26 @@ class Run(NamedTuple):
     preset: str = ""
     steps: int = 0  # the budget
     returns: tuple[tuple[float, float], ...] = ()  # (step of an episode's end, return)
+    hardware: str = "not stated"
+    wall_seconds: float = math.nan
 
 
 def read_run(path: Path, kind: str) -> Run:
-    """From result.json (`kind` of score) and metrics.jsonl if any; else BadInput."""
-    metrics = path.with_name("metrics.jsonl")
+    """From result.json (`kind` of score) and metrics.jsonl if any; else BadInput.
+
+    A later evaluation.json (evaluate.py play) stands above the run's own.
+    """
+    metrics, later = path.with_name("metrics.jsonl"), path.with_name("evaluation.json")
     try:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         logged = [json.loads(line) for line in lines]
         ends = ((float(x["step"]), float(x[RETURN])) for x in logged if RETURN in x)
         x = json.loads(path.read_text())
+        x |= json.loads(later.read_text()) if later.exists() else {}
         score = math.nan if x[f"{kind}_score"] is None else float(x[f"{kind}_score"])
         budget = str(x["preset"]), int(x["steps"])
-        return Run(str(x["game"]), int(x["seed"]), score, *budget, tuple(ends))
+        cost = x.get("hardware", "not stated"), float(x.get("wall_seconds", "nan"))
+        return Run(str(x["game"]), int(x["seed"]), score, *budget, tuple(ends), *cost)
     except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         what = f"no usable result.json, metrics.jsonl ({error!r}); give finished runs"
         raise BadInput(f"{path.parent}: {what}") from None
@@ -256,6 +260,9 @@ def draw_intervals(axes: Axes, rows: dict[str, Any], xlabel: str) -> None:
         colour = "grey" if math.isnan(low) else COLOURS[y % len(COLOURS)]
         axes.plot([low, high], [y, y], c=colour, alpha=0.4, lw=9, solid_capstyle="butt")
         axes.plot(point, y, "|", color=colour, ms=11, mew=2.5)
+        if math.isnan(point):
+            centre = {"ha": "center", "va": "center", "color": "grey"}
+            axes.text(0.5, y, "missing", transform=axes.get_yaxis_transform(), **centre)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
@@ -296,55 +303,27 @@ def draw(part: dict[str, Any], out: Path, label: str) -> None:
         figure.savefig(out / f"{name}_{label}.png")
 
 
-def write(agents: dict[str, list[Run]], out: Path) -> None:
-    """table.md, table.csv, aggregates.json (NaN → null); figures if no game misses."""
+def markdown(rows: list[list[str]]) -> str:
+    """A header and its rows as a table; all but the first column to the right."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (rows[0], rule, *rows[1:])]
+    return "".join(lines)
+
+
+def write(agents: dict[str, list[Run]], out: Path, header: dict[str, Any]) -> None:
+    """table.md, table.csv, aggregates.csv, aggregates.json (NaN → null) with `header`
+    in front; figures of every set of games that no agent misses one of."""
     reference = load_reference()
     summary, rows = summarise(agents, reference), per_game_rows(agents, reference)
-    text = ""
-    for head, *body in (rows, aggregate_rows(summary)):
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        text += "".join(f"| {' | '.join(x)} |\n" for x in (head, rule, *body)) + "\n"
+    tables = {"table": rows, "aggregates": aggregate_rows(summary)}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text)
-    (out / "table.csv").write_text("".join(",".join(row) + "\n" for row in rows))
-    text = json.dumps(summary, default=np.ndarray.tolist)
+    (out / "table.md").write_text("\n".join(map(markdown, tables.values())))
+    for name, rows in tables.items():
+        with (out / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    text = json.dumps(header | summary, default=np.ndarray.tolist)
     strict = json.loads(text, parse_constant=lambda nan: None)
     (out / "aggregates.json").write_text(json.dumps(strict))
     for label, part in summary.items():
         if not any(part["rows"][name]["missing"] for name in agents):
             draw(part, out, label)
-
-
-def main(
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]] = (),
-    *,
-    out: Path | None = None,
-    agent: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    score: Literal["eval", "train"] = "eval",
-) -> None:
-    """Table, aggregates and figures of Atari100k from finished runs.
-
-    Args:
-        run_dirs: run folders, or folders of them, of the agent "ours"
-        out: folder for table.md, table.csv, aggregates.json and PNG files
-        agent: NAME=GLOB, another agent and its folders; may be repeated
-        score: which score of result.json; the two are never mixed
-    """
-    folders = {"ours": list(run_dirs)} if run_dirs else {}
-    for text in agent:
-        name, _, pattern = text.partition("=")
-        paths = [Path(x) for x in sorted(glob(pattern))]
-        if not name or name in folders or set(name) & set(",|") or not paths:
-            raise BadInput(f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders")
-        folders[name] = paths
-    if not folders or out is None or out.is_file():
-        what = f"--out {out}: is no folder" if folders else "RUN_DIRS: none given"
-        raise BadInput(f"{what}; usage: scores.py RUN_DIR ... --out DIR")
-    write({x: read_agent(paths, score) for x, paths in folders.items()}, out)
-
-
-if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (BadInput, OSError) as problem:
-        sys.exit(print(f"error: {problem}", file=sys.stderr) or 2)

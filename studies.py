@@ -144,6 +144,24 @@ def table(study: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
+def header(study: dict) -> dict:
+    """What results/README.md (evaluate.py page) says of a study."""
+    runs = [run for arm in study["arms"].values() for run in arm["runs"]]
+    scores = {
+        name: interval([run["eval_score"] for run in arm["runs"]])
+        for name, arm in study["arms"].items()
+    }
+    each = (
+        f"{k} {x:.2f} [{low:.2f}, {high:.2f}]" for k, (x, low, high) in scores.items()
+    )
+    return {
+        "seeds": sorted({run["seed"] for run in runs}),
+        "wall_seconds": [run["wall_seconds"] for run in runs],
+        "cores": 1,
+        "summary": "eval score, mean [95 %] over seeds: " + ", ".join(each),
+    }
+
+
 def main(
     study: Annotated[str, tyro.conf.Positional],
     seeds: int = 5,
@@ -200,6 +218,7 @@ def main(
             )
         found["arms"][arm] = {"flags": flags, "runs": runs}
     out.mkdir(exist_ok=True)
+    found = header(found) | found
     (out / f"{study}.json").write_text(json.dumps(found, indent=1))
     (out / f"{study}.md").write_text(table(found))
     draw(found, out / f"{study}.png")

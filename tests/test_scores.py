@@ -1,6 +1,5 @@
 """The benchmark's statistics: published figures, hand-worked cases, laws, command."""
 
-import csv
 import json
 import math
 import re
@@ -50,11 +49,6 @@ def write_run(folder: Path, game="Pong", seed=0, score=1.0, returns=(), **change
     lines = [*lines, {"step": 100, "loss": 1.0}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
-
-
-def run_main(*argv: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scores.py", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -296,40 +290,6 @@ def test_curve_ends_at_the_iqm_of_train_scores():
     np.testing.assert_array_equal(row["steps"], np.arange(10, 101, 10))
 
 
-def strict_json(path: Path):
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def test_command_writes_tables_aggregates_and_figures(tmp_path):
-    for seed in range(2):
-        ends = [(at, at / 10) for at in range(5, 101, 5)]
-        write_run(tmp_path / f"a/Pong-{seed}", seed=seed, score=seed, returns=ends)
-        write_run(tmp_path / f"b/Pong-{seed}", seed=seed, score=-5.0)
-    write_run(tmp_path / "a/Boxing-0", "Boxing", score=None)
-    out = tmp_path / "deep" / "out"
-    scores.main((tmp_path / "a",), out=out, agent=(f"b={tmp_path}/b/P*",))
-    with (out / "table.csv").open(newline="") as file:
-        rows = {row["game"]: row for row in csv.DictReader(file)}
-    assert len(rows) == 26
-    assert (rows["Pong"]["ours"], rows["Pong"]["ours seeds"]) == ("0.5", "2/2")
-    assert (rows["Pong"]["Hieros"], rows["Pong"]["b"]) == ("5.0", "-5.0")
-    assert rows["Pong"]["ours HNS %"] == "60.1"  # (0.5 + 20.7) / 35.3
-    assert (rows["Boxing"]["ours"], rows["Boxing"]["ours seeds"]) == ("missing", "0/2")
-    text = (out / "table.md").read_text()
-    assert "| Boxing | 0.1 | 12.1 |" in text and "| missing | missing | 0/2 |" in text
-    assert "| played | ours | 2 | 60.1 [58.6, 61.5] |" in text
-    summary = strict_json(out / "aggregates.json")
-    assert summary["25"]["rows"]["ours"]["mean"] == [None, None, None]
-    assert summary["played"]["improvement"]["ours > b"] == [1.0, 1.0, 1.0]
-    names = ("aggregates", "efficiency", "improvement", "profile")
-    assert sorted(out.glob("*.png")) == [out / f"{x}_played.png" for x in names]
-    for path in out.glob("*.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
-
-
 def test_train_scores_on_demand(tmp_path):
     write_run(tmp_path / "run", score=5.0, train_score=-3.0)
     assert scores.read_run(tmp_path / "run/result.json", "eval").score == 5
@@ -374,37 +334,6 @@ def test_damaged_files_are_refused_or_harmless(tmp_path, name, text):
         return
     with pytest.raises(BadInput, match=r"run: no usable .* give finished runs"):
         scores.read_agent([tmp_path / "run"], "eval")
-
-
-@pytest.mark.parametrize(
-    ("agent", "words"),
-    [
-        ((), "RUN_DIRS: none given"),
-        (("x",), "--agent x: give NAME=GLOB"),
-        (("=x",), "--agent =x: give NAME=GLOB"),
-        (("x=/nowhere/*",), "--agent x=/nowhere/.*: give NAME=GLOB"),
-        (("x,y=/",), "--agent x,y=/: give NAME=GLOB"),
-        (("x=/", "x=/"), "--agent x=/: give NAME=GLOB, NAME new"),
-    ],
-)
-def test_bad_agents_are_refused(tmp_path, agent, words):
-    with pytest.raises(BadInput, match=words):
-        scores.main(out=tmp_path, agent=agent)
-
-
-def test_out_must_be_a_folder(tmp_path):
-    write_run(tmp_path / "run")
-    for out in (None, tmp_path / "run/result.json"):
-        with pytest.raises(BadInput, match=r"--out .*: is no folder; usage"):
-            scores.main((tmp_path,), out=out)
-
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    result = run_main(tmp_path, "--out", tmp_path / "out")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {tmp_path}: no usable result.json")
-    assert not (tmp_path / "out").exists()
 
 
 def test_module_needs_no_jax():

@@ -1,0 +1,376 @@
+"""From run folders to a table that one can defend; from raw results to their page.
+
+    python evaluate.py table runs --out table       the benchmark's statistics
+    python evaluate.py checkpoint RUN_DIR --videos  plays on with a trained policy
+    python evaluate.py random                       what chance scores in each game
+    python evaluate.py page                         results/README.md from raw files
+
+An evaluation has an environment, a random stream and a tower state of its own, samples
+the policy and remembers nothing: its score is the one that train.py ends with, over as
+many episodes as asked for.
+
+A raw result is a JSON file with the keys of HEADER, `wall_seconds` being a number or a
+list with one for each run. It may have `summary`, a line, and `cores` and `gpus`, what
+each run kept busy. The statistics are those of scores.py.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from glob import glob
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
+
+import gymnasium
+import jax
+import numpy as np
+import tyro
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+import atari
+from agent import act_only
+from checkpoint import CheckpointError
+from config import Config
+from game import UsageError, env_step, make_env
+from hieros import init_state
+from report import to_rgb
+from run import EVAL_SEED, keep_compiled, load_weights
+from scores import BadInput, markdown, read_agent, write
+from studies import interval
+from subactor import Subactor
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+HEADER = ("command", "commit", "hardware", "seeds", "wall_seconds")
+# What the page calls the published configuration, and where its raw file will be.
+PUBLISHED = ("Atari100k, published configuration", "atari100k/aggregates.json")
+FILM = 1_200  # pictures of a video at most; longer episodes show every n-th step
+# The literature's random column (Mnih et al. 2015, methods): 30 episodes of an agent
+# that chooses one of all 18 actions every 6th frame.
+THEIRS = 30
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "here": {},
+    "6 frames": {"frame_skip": 6},
+    "18 actions": {"every_action": True},
+    "both": {"frame_skip": 6, "every_action": True},
+}
+RunDirs = tyro.conf.Positional[tuple[Path, ...]]
+Picture = UInt8[np.ndarray, "height width 3"]
+
+
+class Episode(NamedTuple):
+    """What it takes to see an episode again."""
+
+    score: float
+    start: dict[str, np.ndarray]  # the environment's state after the reset
+    actions: list[int]
+
+
+def play(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Episode]:
+    """The episodes of `run.evaluate`, without end."""
+    env = make_env(config, EVAL_SEED + config.seed)
+    key = jax.random.key(EVAL_SEED + config.seed)
+    tower, calls = init_state(subactors, config.period), 0
+    while True:
+        seen, total, actions = env_step(env.reset()[0], first=True), 0.0, []
+        start = env.get_state()
+        while not seen.is_last:
+            calls += 1
+            action, tower = act_only(
+                subactors, tower, seen, key, np.int32(calls), period=config.period
+            )
+            actions.append(int(action))
+            obs, reward, terminated, truncated, _ = env.step(actions[-1])
+            total += float(reward)
+            seen = env_step(obs, reward, last=terminated or truncated)
+        yield Episode(total, start, actions)
+
+
+def screen(env: gymnasium.Env, obs: UInt8[np.ndarray, "h w c"]) -> Picture:
+    """Atari as its console draws it; pixels of other games enlarged."""
+    if isinstance(env, atari.Atari):
+        return env.screens.max(axis=0)
+    picture = (255 * to_rgb(obs / 255)).round().astype(np.uint8)
+    times = -(-160 // len(picture))
+    return picture.repeat(times, 0).repeat(times, 1)
+
+
+def pictures(config: Config, episode: Episode) -> Iterator[Picture]:
+    """The episode once more, in colour whatever the agent sees."""
+    env = make_env(replace(config, env=replace(config.env, gray=False)), 0)
+    env.set_state(episode.start)
+    every = -(-len(episode.actions) // FILM)
+    for step, action in enumerate(episode.actions, 1):
+        obs = env.step(action)[0]
+        if step % every == 0 or step == len(episode.actions):
+            yield screen(env, obs)
+
+
+def write_video(path: Path, frames: Iterator[Picture]) -> None:
+    """A GIF at about the game's speed: a step lasts 67 ms, a picture 70."""
+    dither = Image.Dither.NONE
+    first, *rest = (Image.fromarray(x).quantize(256, dither=dither) for x in frames)
+    path.parent.mkdir(exist_ok=True)
+    first.save(path, save_all=True, append_images=rest, duration=70, loop=0)
+
+
+def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) -> None:
+    """Eval score of trained policies: RUN_DIR/evaluation.json, which `table` prefers.
+
+    Args:
+        run_dirs: run folders, or files of weights
+        episodes: how many to play, policy sampled
+        videos: GIFs of the best and the median episode, in RUN_DIR/pictures
+    """
+    if episodes < 1 or not run_dirs:
+        raise BadInput(f"--episodes {episodes}: give 1 or more, and some RUN_DIRS")
+    keep_compiled()
+    for path in run_dirs:
+        config, learners = load_weights(path)
+        stream = play(config, tuple(learner.subactor for learner in learners))
+        played = [next(stream) for _ in tqdm(range(episodes), desc=str(path))]
+        returns = [episode.score for episode in played]
+        mean, low, high = interval(returns)
+        found = {"eval_score": mean, "interval": [low, high], "eval_returns": returns}
+        folder = path if path.is_dir() else path.parent
+        (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+        print(f"{path}: eval score {mean:.4g} [{low:.4g}, {high:.4g}]")
+        order = np.argsort(returns, kind="stable") if videos else []
+        for name, place in (("best", -1), ("median", (episodes - 1) // 2)):
+            if len(order):
+                film, which = folder / "pictures" / f"{name}.gif", int(order[place])
+                write_video(film, pictures(config, played[which]))
+                print(f"{film}: episode {which + 1}, return {returns[which]:g}")
+
+
+def header(command: str, seeds: list[int], seconds: Any, hardware: str) -> dict:
+    """HEADER of a raw result, measured by this version of the program."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout
+    values = (command, commit.strip(), hardware, seeds, seconds)
+    return dict(zip(HEADER, values, strict=True))
+
+
+def table(
+    run_dirs: RunDirs = (),
+    *,
+    out: Path | None = None,
+    agent: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    score: Literal["eval", "train"] = "eval",
+) -> None:
+    """Table, aggregates and figures of Atari100k from finished runs.
+
+    Args:
+        run_dirs: run folders, or folders of them, of the agent "ours"
+        out: folder for tables (Markdown, CSV), aggregates.json and PNG files
+        agent: NAME=GLOB, another agent and its folders; may be repeated
+        score: which score of result.json; the two are never mixed
+    """
+    folders = {"ours": list(run_dirs)} if run_dirs else {}
+    for text in agent:
+        name, _, pattern = text.partition("=")
+        paths = [Path(x) for x in sorted(glob(pattern))]
+        if not name or name in folders or set(name) & set(",|") or not paths:
+            raise BadInput(f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders")
+        folders[name] = paths
+    if not folders or out is None or out.is_file():
+        what = f"--out {out}: is no folder" if folders else "RUN_DIRS: none given"
+        raise BadInput(f"{what}; usage: evaluate.py table RUN_DIR ... --out DIR")
+    agents = {x: read_agent(paths, score) for x, paths in folders.items()}
+    runs = [run for found in agents.values() for run in found]
+    words = [*map(str, run_dirs), *(f"--agent '{x}'" for x in agent), f"--out {out}"]
+    command = " ".join(["python evaluate.py table", *words, f"--score {score}"])
+    seeds, seconds = sorted({x.seed for x in runs}), [x.wall_seconds for x in runs]
+    hardware = "; ".join(sorted({x.hardware for x in runs}))
+    write(agents, out, header(command, seeds, seconds, hardware))
+
+
+def chance(
+    game: str, count: int, *, frame_skip: int = 4, every_action: bool = False
+) -> dict[str, Any]:
+    """Uniformly random play in the environment of training: returns and lengths."""
+    env = atari.make(game, seed=0, frame_skip=frame_skip)
+    black = env.observation()
+    env.observation = lambda: black  # nobody looks
+    if every_action:
+        env.actions = tuple(env.ale.getLegalActionSet())
+    rng = np.random.default_rng(0)
+    returns, lengths = [], []
+    for _ in range(count):
+        env.reset()
+        total, over = 0.0, False
+        while not over:
+            _, reward, *ends, _ = env.step(rng.integers(len(env.actions)))
+            total, over = total + float(reward), any(ends)
+        returns.append(total)
+        lengths.append(env.frames // frame_skip)
+    return {"actions": len(env.actions), "returns": returns, "lengths": lengths}
+
+
+def apart(ours: list[float], theirs: float) -> float:
+    """Standard errors between two means, if their THEIRS episodes spread like ours."""
+    error = stdev(ours) * sqrt(1 / len(ours) + 1 / THEIRS)
+    return abs(fmean(ours) - theirs) / max(error, 1e-9)
+
+
+def verdict(played: dict[str, Any], game: str, theirs: float) -> str:
+    """Where the literature's number lies, and what explains it if that is outside."""
+    ours = played["here"][game]["returns"]
+    _, low, high = interval(ours)
+    if low <= theirs <= high:
+        return "inside"
+    if apart(ours, theirs) < 1.96:
+        return f"within the error of their {THEIRS} episodes"
+    others = {name: x[game]["returns"] for name, x in played.items() if game in x}
+    fits = [name for name, x in others.items() if apart(x, theirs) < 1.96]
+    return f"that of {' or '.join(fits)}" if fits else "unexplained"
+
+
+def settled(played: dict[str, Any], game: str) -> bool:
+    """Whether some protocol explains the literature's number already."""
+    theirs = float(atari.scores()[game]["random"] or 0)
+    found = (x[game]["returns"] for x in played.values() if game in x)
+    return any(apart(returns, theirs) < 1.96 for returns in found)
+
+
+def random_table(played: dict[str, Any]) -> tuple[str, str]:
+    """A summary in one line; every game beside the literature's column."""
+    text = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
+    others, verdicts = [name for name in list(PROTOCOLS)[1:] if played[name]], []
+    rows = [["game", "actions", "here [95 %]", "literature", *others, "literature is"]]
+    for game, row in atari.scores().items():
+        if one := played["here"].get(game):
+            mean, low, high = map(text, interval(one["returns"]))
+            measured = [played[name].get(game) for name in others]
+            means = [text(fmean(x["returns"])) if x else "" for x in measured]
+            theirs = float(row["random"] or 0)
+            cells = [str(one["actions"]), f"{mean} [{low}, {high}]", text(theirs)]
+            verdicts.append(verdict(played, game, theirs))
+            rows.append([game, *cells, *means, verdicts[-1]])
+    inside, open_ = verdicts.count("inside"), verdicts.count("unexplained")
+    summary = f"of {len(verdicts)} games the literature's random score is inside our "
+    summary += f"95 % interval in {inside}, outside and unexplained in {open_}"
+    return summary, markdown(rows)
+
+
+def random(
+    games: tuple[str, ...] = ("all",),
+    *,
+    episodes: int = 100,
+    out: Path = RESULTS / "random_baseline.json",
+) -> None:
+    """Random play in our environment beside the literature's: what is missing of it.
+
+    A game in which the two differ is played again by the rules of PROTOCOLS, until one
+    explains the difference.
+
+    Args:
+        games: names, or all
+        episodes: of each game
+        out: raw file; a table is written beside it
+    """
+    names = atari.GAMES if games == ("all",) else tuple(map(atari.find, games))
+    raw = json.loads(out.read_text()) if out.exists() else {}
+    if episodes < 2 or raw.get("episodes", episodes) != episodes:
+        raise BadInput(f"--episodes {episodes}: give 2 or more, as many as in {out}")
+    here = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    command = f"python evaluate.py random --episodes {episodes}"
+    raw = header(command, [0], 0.0, here) | {"cores": 1, "episodes": episodes} | raw
+    played = raw.setdefault("played", {protocol: {} for protocol in PROTOCOLS})
+    for protocol, options in PROTOCOLS.items():
+        for game in tqdm(names, desc=protocol, unit="game"):
+            if game in played[protocol] or (options and settled(played, game)):
+                continue
+            began = time.monotonic()
+            played[protocol][game] = chance(game, episodes, **options)
+            raw["wall_seconds"] += round(time.monotonic() - began, 1)
+            raw["summary"], text = random_table(played)
+            out.with_suffix(".part").write_text(json.dumps(raw))
+            out.with_suffix(".part").replace(out)
+            out.with_suffix(".md").write_text(text)
+
+
+def duration(seconds: float) -> str:
+    """For people: minutes up to two hours, then hours."""
+    short = seconds < 7200
+    return f"{seconds / 60:.1f} min" if short else f"{seconds / 3600:.1f} h"
+
+
+def page_row(name: str, raw: dict[str, Any]) -> list[str]:
+    """One raw result in the page's table; a dash for what it does not say."""
+    many = lambda x: x if isinstance(x, list) else [x]
+    seconds = [float(x or 0) for x in many(raw["wall_seconds"])] or [0.0]
+    kinds = {"core": raw.get("cores"), "GPU": raw.get("gpus")}
+    cost = [
+        f"{fmean(seconds) / 3600 * number:.2g} {kind}-hours"
+        for kind, number in kinds.items()
+        if number
+    ]
+    cells = (
+        *(name, raw.get("summary", "-"), raw["hardware"]),
+        " ".join(map(str, many(raw["seeds"]))) or "-",
+        duration(sum(seconds)),
+        f"{duration(fmean(seconds))}; {', '.join(cost) or 'cores not stated'}",
+        raw["commit"],
+    )
+    return [str(cell).replace("|", "/") for cell in cells]
+
+
+def make_page(folder: Path) -> str:
+    """The page of a results folder: a table, then command, tables, pictures of each."""
+    head = ["result", "what came out", "hardware", "seeds", "wall time", "per run"]
+    rows, parts, headless = [], [], []
+    if not (folder / PUBLISHED[1]).exists():
+        rows.append([PUBLISHED[0], "**not run**", "-", "-", "-", "-", "-"])
+    for path in sorted(folder.rglob("*.json")):
+        raw, name = json.loads(path.read_text()), path.relative_to(folder).as_posix()
+        if not isinstance(raw, dict) or not set(HEADER) <= set(raw):
+            headless.append(name)
+            continue
+        title = PUBLISHED[0] if name == PUBLISHED[1] else name.removesuffix(".json")
+        rows.append(page_row(f"[{title}]({name})", raw))
+        parts.append(f"\n## {title}\n\n`{raw['command']}`\n")
+        stem = path.with_suffix("").relative_to(folder).as_posix()
+        if path.with_suffix(".md").exists():
+            parts.append("\n" + path.with_suffix(".md").read_text())
+        for picture in sorted(folder.glob(f"{stem}*.png")):
+            parts.append(f"\n![{picture.stem}]({picture.relative_to(folder)})\n")
+    text = (
+        "# Results\n\nWritten by `python evaluate.py page` from the raw files beside "
+    )
+    text += (
+        "it. Wall times are those of runs\nthat may have shared their machine; cost "
+    )
+    text += "is hours of what a run kept busy, without a price.\n\n"
+    text += markdown([[*head, "commit"], *rows]).replace("---:", "---")
+    without = f"\nWithout a header: {', '.join(headless)}.\n" if headless else ""
+    return text + without + "".join(parts)
+
+
+def page(folder: Path = RESULTS) -> None:
+    """Writes README.md of a folder of raw results."""
+    (folder / "README.md").write_text(make_page(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad input."""
+    commands = {f.__name__: f for f in (table, checkpoint, random, page)}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, args=argv)
+    except (BadInput, UsageError, CheckpointError, OSError, ValueError) as problem:
+        print(f"evaluate.py: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
