@@ -9,6 +9,7 @@ left out: on the published configuration it is a few per cent.
 import math
 import time
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +20,52 @@ from agent import init_agents, make_trainer, matmul_precision, update
 from config import Config
 
 
-def dot_flops(eqn) -> float:
-    """FLOPs of one dot_general equation. (COST 1)"""
+class Work(NamedTuple):
+    """Of matrix products: FLOPs, bytes that enter and leave them, how many they are."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    products: float = 0.0
+
+    def times(self, n: float | int) -> "Work":
+        return Work(*(n * x for x in self))
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(*(x + y for x, y in zip(self, other, strict=True)))
+
+
+def dot_work(eqn) -> Work:
+    """Of one dot_general equation. (COST 1)"""
     (contract, _), (batch, _) = eqn.params["dimension_numbers"]
     left, right = (v.aval.shape for v in eqn.invars)
     contracted = math.prod(left[i] for i in contract)
     shared = math.prod(left[i] for i in batch)
     total = math.prod(left) * math.prod(right)
-    return 2 * total / (contracted * shared)  # (COST 1)
+    arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return Work(2 * total / (contracted * shared), moved, 1)  # (COST 1)
+
+
+def work(jaxpr: Jaxpr, loops_once: bool = False) -> Work:
+    """Of a traced program; `loops_once` as XLA counts them."""
+    total = Work()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total = total.plus(dot_work(eqn))
+            continue
+        inner = [work(j, loops_once) for j in subprograms(eqn.params)]
+        if eqn.primitive.name == "cond":
+            total = total.plus(max(inner))
+            continue
+        scanned = eqn.primitive.name == "scan" and not loops_once
+        for one in inner:
+            total = total.plus(one.times(eqn.params["length"] if scanned else 1))
+    return total
 
 
 def flops(jaxpr: Jaxpr, loops_once: bool = False) -> float:
-    """Matrix-product FLOPs of a traced program; `loops_once` as XLA counts them."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            total += dot_flops(eqn)
-            continue
-        inner = [flops(j, loops_once) for j in subprograms(eqn.params)]
-        if eqn.primitive.name == "cond":
-            total += max(inner)
-        elif eqn.primitive.name == "scan":
-            times = 1 if loops_once else eqn.params["length"]
-            total += times * sum(inner)
-        else:
-            total += sum(inner)
-    return total
+    """Matrix-product FLOPs of a traced program."""
+    return work(jaxpr, loops_once).flops
 
 
 def subprograms(params: dict) -> list[Jaxpr]:
@@ -73,8 +94,8 @@ def update_arguments(config: Config) -> dict:
     }
 
 
-def update_flops(config: Config, obs_shape: tuple, actions: int) -> list[float]:
-    """FLOPs of one update per level, traced without computing or allocating."""
+def update_work(config: Config, obs_shape: tuple, actions: int) -> list[Work]:
+    """Of one update per level, traced without computing or allocating."""
     agent = jax.eval_shape(partial(init_agents, config, obs_shape, actions))
     totals = []
     for level, (learner, replay) in enumerate(
@@ -82,8 +103,13 @@ def update_flops(config: Config, obs_shape: tuple, actions: int) -> list[float]:
     ):
         call = partial(update, level=level, **update_arguments(config))
         traced = jax.make_jaxpr(call)(learner, replay, agent.key)
-        totals.append(flops(traced.jaxpr))
+        totals.append(work(traced.jaxpr))
     return totals
+
+
+def update_flops(config: Config, obs_shape: tuple, actions: int) -> list[float]:
+    """FLOPs of one update per level."""
+    return [one.flops for one in update_work(config, obs_shape, actions)]
 
 
 def matmul_peak(

@@ -81,6 +81,16 @@ def test_products_by_hand(function, products):
     assert flops(function, x, y) == pytest.approx(products * PRODUCT)
 
 
+def test_bytes_and_number_of_products():
+    """Two inputs and an output of four bytes each, as often as a loop runs."""
+    once = cost.work(jax.make_jaxpr(jnp.matmul)(x, y).jaxpr)
+    assert once[1:] == (4 * (12 + 20 + 15), 1)
+    many = cost.work(jax.make_jaxpr(looped)(x, y).jaxpr)
+    assert many == once.times(7 + 7 * 2)
+    entered = cost.work(jax.make_jaxpr(looped)(x, y).jaxpr, loops_once=True)
+    assert entered == once.times(2)
+
+
 def test_update_is_told_everything():
     told = set(cost.update_arguments(CONFIG))
     parameters = inspect.signature(agent.update).parameters
@@ -90,8 +100,8 @@ def test_update_is_told_everything():
 def test_published_configuration_costs_what_train_says():
     """0.64, 0.56, 0.46 TFLOP per update; a level updates once per own step."""
     config = PRESETS["atari100k"]
-    totals = cost.update_flops(config, (64, 64, 3), 18)
-    per_step = sum(work / config.period**i for i, work in enumerate(totals))
+    totals = cost.update_work(config, (64, 64, 3), 18)
+    per_step = sum(x.flops / config.period**i for i, x in enumerate(totals))
     assert per_step == pytest.approx(train.FULL_FLOPS, rel=0.05), totals
 
 
