@@ -172,7 +172,7 @@ def levels_of(learners: tuple[Learner, ...], episode: Episode) -> list[Level]:
 
 
 def goals(level: Level, above: LevelPlay) -> dict[str, Any]:
-    """Every goal a level was given, decoded as in diagnose.py, and its own codes.
+    """Every goal a level was given, decoded like in diagnose.py, and its own codes.
 
     The z comes from the state of the episode that is closest to the goal.
     """
