@@ -200,7 +200,7 @@ def run_all(jobs: list[Job], sweep: Sweep) -> dict[str, str]:
             num_cpus=sweep.cpus_per_run,
             num_gpus=sweep.gpus,
             max_retries=sweep.retries,
-            retry_exceptions=[Died],
+            retry_exceptions=[Died, OSError],
         )
         source = None if sweep.address else str(ROOT)
         start = lambda job: task.remote(job, sweep.place, sweep.gpus, source, board)
