@@ -114,8 +114,10 @@ def hours(config: Config, sweep: Sweep) -> tuple[float, str]:
     if sweep.tflops is not None:
         speed, why = 1e12 * sweep.tflops, f"--tflops {sweep.tflops:g}"
     elif sweep.gpus:
-        speed = FULL_FLOPS * 100_000 / (PAPER_HOURS * 3600)
-        why = f"the {speed / 1e12:.1f} TFLOP/s of the paper's {PAPER_HOURS} h per game"
+        speed = min(1, sweep.gpus) * FULL_FLOPS * 100_000 / (PAPER_HOURS * 3600)
+        why = (
+            f"{speed / 1e12:.2g} TFLOP/s, as the paper's {PAPER_HOURS} h on a whole GPU"
+        )
     else:
         speed = matmul_peak()
         why = f"the {speed / 1e12:.2g} TFLOP/s of a matrix product here: a lower bound"
@@ -198,7 +200,7 @@ def run_all(jobs: list[Job], sweep: Sweep) -> dict[str, str]:
             num_cpus=sweep.cpus_per_run,
             num_gpus=sweep.gpus,
             max_retries=sweep.retries,
-            retry_exceptions=[Died],
+            retry_exceptions=[Died, OSError],
         )
         source = None if sweep.address else str(ROOT)
         start = lambda job: task.remote(job, sweep.place, sweep.gpus, source, board)

@@ -189,9 +189,9 @@ def train_one(job: Job, out: str, gpus: float, source: str | None, board) -> str
         if found := store.result(job.name):
             tell(step=job.steps, score=found.get("eval_score"))
     if code in GIVE_UP:
-        return f"{GIVE_UP[code]}: see {folder}.log"
+        return f"{GIVE_UP[code]}: see {out}/{job.name}.log"
     if code not in (0, 130):
-        raise Died(f"{job.name}: exit code {code}, see {folder}.log")
+        raise Died(f"exit code {code}: see {out}/{job.name}.log")
     return "stopped" if code else "done"
 
 

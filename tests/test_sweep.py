@@ -103,6 +103,7 @@ def test_hours_are_flops_over_speed(monkeypatch):
     monkeypatch.setattr(sweep, "update_flops", lambda *_: [train.FULL_FLOPS])
     hours, why = sweep.hours(full, replace(CPU, gpus_per_run=1.0))
     assert hours == pytest.approx(14) and "the paper's 14 h" in why
+    assert sweep.hours(full, replace(CPU, gpus_per_run=0.25))[0] == pytest.approx(56)
     monkeypatch.setattr(sweep, "matmul_peak", lambda: train.FULL_FLOPS)
     hours, why = sweep.hours(full, CPU)
     assert hours == pytest.approx(100_000 / 3600) and "lower bound" in why
