@@ -395,11 +395,16 @@ def load_config(folder: Path) -> Config:
         saved = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         raise UsageError(f"{folder} is not a run folder") from None
+    return parse_config(saved, folder)
+
+
+def parse_config(values: dict, where: Path) -> Config:
+    """Settings as JSON gave them. Raises UsageError where they have other names."""
     try:
-        return from_json(saved)
+        return from_json(values)
     except (TypeError, KeyError, AttributeError):
         raise UsageError(
-            f"{folder} was written by another version of this program"
+            f"{where} was written by another version of this program"
         ) from None
 
 
@@ -438,7 +443,7 @@ def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:
             print(f"{error}; trying the one before", file=sys.stderr)
     else:
         raise UsageError(f"{path} has no checkpoint")
-    config = from_json(meta["config"])
+    config = parse_config(meta.get("config"), file)
     env = make_env(config, config.seed)
     actions = int(env.action_space.n)
     init = partial(init_learners, config, env.observation_space.shape, actions)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, write
 from game import UsageError
 from run import Run, evaluate, load_weights, save_weights
 
@@ -144,3 +144,6 @@ def test_weights_of_a_file_that_holds_none_are_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_weights(tmp_path / "file")
+    write(tmp_path / "other", {"a": np.zeros(2)}, {"config": {"game": "Pong"}})
+    with pytest.raises(UsageError, match="another version"):
+        load_weights(tmp_path / "other")
