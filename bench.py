@@ -354,6 +354,20 @@ def with_shares(found: dict) -> dict:
     return found
 
 
+def summary(found: dict) -> str:
+    """Shares of whole updates, and the speed end to end, in a line."""
+    parts = []
+    for windows, levels in found.items():
+        if "windows of" in windows and isinstance(levels, dict):
+            shares = [100 * x["update"]["share_of_peak"] for x in levels.values()]
+            text = " / ".join(f"{share:.0f}" for share in shares)
+            parts.append(f"{windows}: {text} % of the matmul peak")
+        if windows.startswith("end to end"):
+            speed = levels["agent_steps_per_second"]
+            parts.append(f"{windows}: {speed:.1f} agent steps/s")
+    return "; ".join(parts)
+
+
 def table(found: dict) -> str:
     """Phases as Markdown."""
     rows = [
@@ -411,6 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         "jax": jax.__version__,
         "seeds": [0],
         "wall_seconds": round(time.time() - began),
+        "summary": summary(found),
     }
     slug = f"{device}-{os.cpu_count()}-cores".lower().replace(" ", "-")
     bench.out.mkdir(exist_ok=True)

@@ -334,7 +334,10 @@ def command_lines(count: int = 1000) -> dict:
 
 
 def soak(minutes: float = 60, warm_up: float = 0.2) -> dict:
-    """Resident memory of one process that trains on Pong all the time, replay full."""
+    """Resident memory of one process that trains on Pong all the time, replay full.
+
+    `growth` is that of the second half's mean over the first's, after the warm-up.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder, samples = Path(temporary, "run"), []
         flags = "--game Pong --steps 100000000 --capacity 1000 --checkpoint-every 2000"
@@ -357,7 +360,7 @@ def soak(minutes: float = 60, warm_up: float = 0.2) -> dict:
         "warm_up_minutes": warm_up * minutes,
         "mib_median": float(np.median(flat)),
         "mib_min_max": [float(flat.min()), float(flat.max())],
-        "growth_second_half_over_first": float(growth),
+        "growth": float(growth),
     }
 
 
@@ -395,6 +398,7 @@ def cost(steps: int = 100_000) -> dict:
         )
         return {
             "seconds_per_save": seconds,
+            "median_seconds_per_save": float(np.median(seconds)),
             "mib_segments_of_the_run": size(".seg"),
             "mib_two_checkpoints": size(".ckpt"),
         }
@@ -409,24 +413,46 @@ COMMANDS: dict[str, Callable[..., dict]] = {
 }
 
 
+def summary(parts: dict[str, dict]) -> str:
+    """What was found, in a line."""
+    phrases = {
+        "kills": "{survived} kills survived",
+        "mutants": "{tried} damaged or forged checkpoints dealt with",
+        "command-lines": "{tried} bad command lines refused",
+        "soak": "memory {growth:+.2%} over {minutes:.0f} minutes",
+        "cost": "{median_seconds_per_save:.1f} s per save of the published size",
+    }
+    return "; ".join(phrases[name].format(**parts[name]) for name in parts)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one of them and writes what it found."""
+    """Runs one of them and writes what it found beside what the others found."""
     argv = sys.argv[1:] if argv is None else argv
     keep_compiled()
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
+    began = time.monotonic()
     found = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv)
     path = ROOT / "results" / "reliability.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[argv[0]] = {
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts[argv[0]] = {
         "command": f"python reliability.py {' '.join(argv)}",
         "commit": commit.stdout.strip(),
-        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-        f"{platform.machine()}",
+        "wall_seconds": round(time.monotonic() - began, 1),
         **found,
     }
+    everything = {
+        "command": " && ".join(part["command"] for part in parts.values()),
+        "commit": ", ".join(sorted({part["commit"] for part in parts.values()})),
+        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+        f"{platform.machine()}",
+        "seeds": [0],
+        "wall_seconds": sum(part["wall_seconds"] for part in parts.values()),
+        "summary": summary(parts),
+        "parts": parts,
+    }
     path.write_text(json.dumps(everything, indent=1) + "\n")
-    print(json.dumps(everything[argv[0]], indent=1))
+    print(json.dumps(parts[argv[0]], indent=1))
     return 0
 
 

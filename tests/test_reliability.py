@@ -84,3 +84,9 @@ def test_an_environment_that_fails_is_named(tmp_path, capsys, monkeypatch):
     assert reliability.train.main(flags) == 4
     error = capsys.readouterr().err
     assert "--game catch, step 30: KeyError('obs')" in error
+
+
+def test_the_summary_names_what_was_done():
+    parts = {"kills": {"survived": 200}, "soak": {"minutes": 45.0, "growth": 0.0012}}
+    said = reliability.summary(parts)
+    assert said == "200 kills survived; memory +0.12% over 45 minutes"
