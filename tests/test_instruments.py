@@ -1,0 +1,77 @@
+"""Instruments on small cases worked by hand, and on a run that just began."""
+
+import json
+
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+import instruments
+import train
+
+
+def test_shape_hook_is_live():
+    with pytest.raises(TypeCheckError):
+        instruments.surprise_by_age(np.zeros((2, 2)), 4)
+
+
+def test_surprise_by_age_of_a_row():
+    found = instruments.surprise_by_age(np.arange(10.0), 4)
+    assert found == {"to T/2": 0.5, "to T": 2.5, "to 2T": 5.5, "later": 8.5}
+    assert instruments.surprise_by_age(np.arange(4.0), 4)["to 2T"] is None
+
+
+def test_rewards_are_recognised_with_their_sign():
+    reward = np.array([0, 1, 0, -2, 1, 0.0])
+    predicted = np.array([0.1, 0.9, 0.8, -1.5, -1, 0])
+    found = instruments.detection(reward, predicted)
+    assert found == {"rewards": 3, "precision": 2 / 4, "recall": 2 / 3}
+    assert instruments.detection(np.zeros(3), predicted[:3])["recall"] is None
+    assert instruments.detection(reward, np.zeros(6))["precision"] is None
+
+
+def test_realised_returns():
+    reward, discount = np.array([1, 0, 4.0]), np.array([0.5, 0.5, 0])
+    np.testing.assert_allclose(instruments.realised(reward, discount, 9), [2, 2, 4])
+    open_end = instruments.realised(reward, np.full(3, 0.5), 8.0)
+    np.testing.assert_allclose(open_end, [3, 4, 8])
+
+
+def test_a_critic_that_is_right_up_to_a_shift():
+    returns = np.array([0.0, 1, 2, 3])
+    found = instruments.calibration(returns + 5, returns)
+    assert found["correlation"] == pytest.approx(1)
+    assert found["value_mean"] - found["return_mean"] == pytest.approx(5)
+    assert instruments.calibration(np.zeros(4), returns)["correlation"] is None
+
+
+def test_goals_that_are_reached_and_those_of_others():
+    """Two goals, orthogonal; each state ends at its own."""
+    goal = np.repeat(np.eye(2, 3), 4, axis=0)
+    state = goal.copy()
+    state[[0, 4]] = [0, 0, 1]
+    found = instruments.goal_reached(goal, state, 4)
+    assert found == {"goals": 2, "begin": 0, "end": 1, "end_others": 0}
+    assert instruments.goal_reached(goal[:4], state[:4], 4)["end"] is None
+
+
+def test_mean_leaves_out_what_is_not_known():
+    parts = [{"a": 1.0, "b": {"c": None}}, {"a": 3.0, "b": {"c": 4.0}}]
+    assert instruments.mean(parts) == {"a": 2.0, "b": {"c": 4.0}}
+
+
+def test_a_run_is_examined(tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = "--preset tiny --game catch --model.channels --model.strides --steps 12"
+    run = train.open_run(train.parse([*flags.split(), "--run-dir", str(folder)]))
+    run.save()
+    assert instruments.main(folder, episodes=2) == 0
+    said = capsys.readouterr().out
+    assert "level 2" in said and "critic novelty" in said
+    levels = json.loads((folder / "instruments.json").read_text())["levels"]
+    assert list(levels) == ["level 0", "level 1", "level 2"]
+    shares = levels["level 1"]["share of the advantage"]
+    assert set(shares) == {"extrinsic", "subgoal", "novelty"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert instruments.main(tmp_path / "none") == 2
+    assert capsys.readouterr().err.count("\n") == 1
