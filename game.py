@@ -32,7 +32,23 @@ class GameError(Exception):
 
 
 def make_env(config: Config, seed: int) -> gymnasium.Env:
-    """The environment of a run. Raises UsageError where it cannot be had."""
+    """The environment of a run. Raises UsageError where it cannot be had.
+
+    Or where the picture cannot be halved as the model wants it.
+    """
+    env = find_env(config, seed)
+    height, width, _ = env.observation_space.shape
+    total = int(np.prod(config.model.strides))
+    if config.model.channels and (height % total or width % total):
+        raise UsageError(
+            f"--model.strides {config.model.strides} do not divide the "
+            f"{height}x{width} picture of --game {config.game}"
+        )
+    return env
+
+
+def find_env(config: Config, seed: int) -> gymnasium.Env:
+    """The environment by its name. Raises UsageError."""
     if config.game.startswith("minatar/"):
         try:
             return minatar_env.make(config.game, seed=seed)
@@ -76,13 +92,6 @@ class Game:
     def start(cls, config: Config, folder: Path) -> "Game":
         """Before the first step. Raises UsageError."""
         env = make_env(config, config.seed)
-        shape = env.observation_space.shape
-        total = int(np.prod(config.model.strides))
-        if config.model.channels and (shape[0] % total or shape[1] % total):
-            raise UsageError(
-                f"--model.strides {config.model.strides} do not divide the "
-                f"{shape[0]}x{shape[1]} picture of --game {config.game}"
-            )
         seen = env_step(env.reset()[0], first=True)
         rings = checkpoint.Rings(folder / "checkpoint")
         return cls(config, folder, env, seen, rings, entries=[0] * config.levels)
