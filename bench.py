@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ PICTURE, ACTIONS = (64, 64, 3), 18
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 
 
-def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     """Median time of a call whose results are waited for."""
     found = []
     for _ in range(repeats + 1):
@@ -62,10 +62,9 @@ def filled(replay: Replay, size: int, key) -> Replay:
 
     def noise(x):
         if x.dtype == jnp.uint8:
-            high = 256 if x.ndim > 3 else 4
-            return jax.random.randint(key, x.shape, 0, high).astype(jnp.uint8)
-        real = jax.random.normal(key, x.shape)
-        return x if x.dtype == bool else real.astype(x.dtype)
+            bits = jax.random.bits(key, x.shape, jnp.uint8)
+            return bits if x.ndim > 3 else bits % 4
+        return x if x.dtype == bool else jax.random.normal(key, x.shape).astype(x.dtype)
 
     where = lambda r: (r.steps, r.carries, r.head, r.size)
     steps, carries = jax.tree.map(noise, (replay.steps, replay.carries))
@@ -90,11 +89,15 @@ def phase(function: Callable, *inputs) -> tuple[Any, dict[str, float]]:
     }
 
 
-def phases(config: Config, level: int) -> dict[str, dict]:
-    """The parts of one update of one level, and the whole of it."""
+def phases(config: Config, level: int, parts: bool = True) -> dict[str, dict]:
+    """One update of one level and, if asked, the parts of it."""
     agent = init_agents(config, PICTURE, ACTIONS)
     learner, trainer, found = agent.learners[level], make_trainer(config), {}
     replay = filled(agent.replays[level], 4 * config.length, jax.random.key(0))
+    whole = partial(update.__wrapped__, level=level, **update_arguments(config))
+    _, found["update"] = phase(whole, learner, replay, agent.key)
+    if not parts:
+        return found
     keys = jax.random.split(jax.random.key(1), 5)
     with matmul_precision(config.precision):
         _, rows = replay.sample(config.batch, config.length, "etbs", 0.3, key=keys[0])
@@ -111,8 +114,6 @@ def phases(config: Config, level: int) -> dict[str, dict]:
         code = partial(trainer._learn_code, key=keys[4])
         if learner.subactor.autoencoder is not None:
             _, found["autoencoder"] = phase(code, learner, rollout.h)
-    whole = partial(update.__wrapped__, level=level, **update_arguments(config))
-    _, found["update"] = phase(whole, learner, replay, agent.key)
     return found
 
 
@@ -308,7 +309,8 @@ class Bench:
     out: Path = Path("results")
 
 
-def run_all(bench: Bench) -> dict:
+def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured, by name, in this order."""
     here = {"precision": precision_here("auto"), "steps": 2_000}
     full = replace(PRESETS["atari100k"], **here)
     small = replace(full, batch=4, length=16)
@@ -317,30 +319,23 @@ def run_all(bench: Bench) -> dict:
     long = replace(preset, steps=100_000, capacity=100_000)
     minatar = replace(PRESETS["minatar"], **here)
     levels = range(full.levels)
-    found, peaks = {}, []
-
-    def part(label: str, compute: Callable[[], Any]) -> None:
-        peaks.append(matmul_peak(4096, 5, here["precision"]))
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        found[label] = compute()
-
-    for config in (small, full):
-        label = f"{config.batch} windows of {config.length}"
-        part(label, lambda c=config: {f"level {i}": phases(c, i) for i in levels})
-        found[f"peak GiB, {label}"] = peak_memory()
+    windows = lambda config: f"{config.batch} windows of {config.length}"
+    several = lambda config, parts: {
+        f"level {i}": phases(config, i, parts) for i in levels
+    }
+    yield windows(small), lambda: several(small, True)
     moments = {"all levels act": 0, "level 0 acts": 1}
-    part("acting", lambda: {name: acting(full, at) for name, at in moments.items()})
-    part(f"end to end, {preset.preset}", lambda: end_to_end(preset, bench.steps))
-    part("compiling", lambda: compiling(full))
-    part("sequence length", lambda: memory_in_time(full, [64, 256, 1024, 4096]))
-    part("draws", lambda: draws([10**n for n in range(3, 8)]))
+    yield "acting", lambda: {name: acting(full, at) for name, at in moments.items()}
+    yield f"end to end, {preset.preset}", lambda: end_to_end(preset, bench.steps)
+    yield "sequence length", lambda: memory_in_time(full, [64, 256, 1024, 4096])
+    yield "draws", lambda: draws([10**n for n in range(3, 8)])
     filling = (10**3, 10**4, 10**5 - 1)
-    part("filling", lambda: {n: updates_of(long, 0, n) for n in filling})
+    yield "filling", lambda: {n: updates_of(long, 0, n) for n in filling}
     batches, seeds = (4, 8, 16, 32), (1, 2, 4)
-    part("batch", lambda: {b: updates_of(replace(preset, batch=b)) for b in batches})
-    part("seeds", lambda: {n: updates_of(replace(minatar, seeds=n)) for n in seeds})
-    found["matmul_gflops"] = [peak / 1e9 for peak in peaks]
-    return found
+    yield "batch", lambda: {b: updates_of(replace(preset, batch=b)) for b in batches}
+    yield "seeds", lambda: {n: updates_of(replace(minatar, seeds=n)) for n in seeds}
+    yield "compiling", lambda: compiling(full)
+    yield windows(full), lambda: several(full, False)
 
 
 def with_shares(found: dict) -> dict:
@@ -414,25 +409,30 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     bench = tyro.cli(Bench, args=argv)
     began, device = time.time(), jax.devices()[0].device_kind
-    found = with_shares(run_all(bench))
-    print(table(found))
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    header = {
+    raw = {
         "command": f"python bench.py {' '.join(argv)}".strip(),
         "commit": commit.stdout.strip(),
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
         "jax": jax.__version__,
         "seeds": [0],
-        "wall_seconds": round(time.time() - began),
-        "summary": summary(found),
     }
     slug = f"{device}-{os.cpu_count()}-cores".lower().replace(" ", "-")
     bench.out.mkdir(exist_ok=True)
-    path = bench.out / f"bench_{slug}.json"
-    path.write_text(json.dumps(header | found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(found))
-    draw(found, path.with_suffix(".png"))
+    path, peaks = bench.out / f"bench_{slug}.json", []
+    for name, measure in measurements(bench):
+        peaks.append(matmul_peak(4096, 5, precision_here("auto")))
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        raw[name] = measure()
+        raw["peak GiB so far"] = raw.get("peak GiB so far", {}) | {name: peak_memory()}
+        raw["matmul_gflops"] = [peak / 1e9 for peak in peaks]
+        raw["wall_seconds"] = round(time.time() - began)
+        raw["summary"] = summary(with_shares(raw))
+        path.write_text(json.dumps(raw, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(raw))
+    draw(raw, path.with_suffix(".png"))
+    print(table(raw))
     return 0
 
 
