@@ -275,7 +275,8 @@ def draws(sizes: list[int]) -> dict[str, dict]:
 
 def updates_of(config: Config, level: int = 0, entries: int | None = None) -> float:
     """Milliseconds of one update of a level with so many entries in its replay."""
-    agent = init_agents(config, PICTURE, ACTIONS)
+    picture = (config.env.size, config.env.size, 1 if config.env.gray else 3)
+    agent = init_agents(config, picture, ACTIONS)
     fill = partial(filled, size=entries or 4 * config.length, key=jax.random.key(0))
     replay = agent.replays[level]
     replay = fill(replay) if config.seeds == 1 else jax.vmap(fill)(replay)
