@@ -398,6 +398,8 @@ def draw(found: dict, path: Path) -> None:
         for (line, values), colour in zip(lines.items(), COLOURS, strict=False):
             x = [float(n) for n in values]
             axes.loglog(x, values.values(), "o-", color=colour, label=line)
+        if name in ("batch", "seeds"):
+            axes.set(xscale="linear", yscale="linear", xlim=0, ylim=0, xticks=x)
         axes.set(xlabel=label, ylabel="ms" if axes is panels[0] else "")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
