@@ -334,7 +334,10 @@ def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "filling", lambda: {n: updates_of(long, 0, n) for n in filling}
     batches, seeds = (4, 8, 16, 32), (1, 2, 4)
     yield "batch", lambda: {b: updates_of(replace(preset, batch=b)) for b in batches}
-    yield "seeds", lambda: {n: updates_of(replace(minatar, seeds=n)) for n in seeds}
+    yield (
+        "seeds at once",
+        lambda: {n: updates_of(replace(minatar, seeds=n)) for n in seeds},
+    )
     yield "compiling", lambda: compiling(full)
     yield windows(full), lambda: several(full, False)
 
@@ -389,7 +392,7 @@ def draw(found: dict, path: Path) -> None:
         ("sequence length", "steps of a sequence"),
         ("draws", "entries in the replay"),
         ("batch", "windows per update"),
-        ("seeds", "seeds in one process"),
+        ("seeds at once", "seeds in one process"),
     )
     for axes, (name, label) in zip(panels, curves, strict=True):
         lines = found[name]
@@ -398,7 +401,7 @@ def draw(found: dict, path: Path) -> None:
         for (line, values), colour in zip(lines.items(), COLOURS, strict=False):
             x = [float(n) for n in values]
             axes.loglog(x, values.values(), "o-", color=colour, label=line)
-        if name in ("batch", "seeds"):
+        if name in ("batch", "seeds at once"):
             axes.set(xscale="linear", yscale="linear", xlim=0, ylim=0, xticks=x)
         axes.set(xlabel=label, ylabel="ms" if axes is panels[0] else "")
         axes.spines[["top", "right"]].set_visible(False)
@@ -418,6 +421,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": f"python bench.py {' '.join(argv)}".strip(),
         "commit": commit.stdout.strip(),
         "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
+        "cores": os.cpu_count(),
         "jax": jax.__version__,
         "seeds": [0],
     }

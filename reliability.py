@@ -446,6 +446,7 @@ def main(argv: list[str] | None = None) -> int:
         "commit": ", ".join(sorted({part["commit"] for part in parts.values()})),
         "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
         f"{platform.machine()}",
+        "cores": os.cpu_count(),
         "seeds": [0],
         "wall_seconds": sum(part["wall_seconds"] for part in parts.values()),
         "summary": summary(parts),

@@ -66,7 +66,7 @@ def test_the_figure_has_a_curve_for_each_measurement(tmp_path):
         "sequence length": {"S5": curve},
         "draws": {"etbs": curve},
         "batch": curve,
-        "seeds": curve,
+        "seeds at once": curve,
     }
     bench.draw(found, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5000
