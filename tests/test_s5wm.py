@@ -651,7 +651,7 @@ def count(tree):
 @pytest.mark.parametrize("levels, millions", [(1, [10]), (3, [11, 13, 12])])
 def test_the_published_configuration_has_the_published_size(levels, millions):
     config = replace(PRESETS["atari100k"], levels=levels)
-    init = lambda: agent.init_agent(config, (64, 64, 3), 18)
+    init = lambda: agent.init_agents(config, (64, 64, 3), 18)
     learners = eqx.filter_eval_shape(init).learners
     counts = [count((one.subactor, one.slow_critics)) / 1e6 for one in learners]
     assert [round(n) for n in counts] == millions, counts
