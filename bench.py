@@ -179,7 +179,7 @@ def end_to_end(config: Config, steps: int) -> dict[str, float]:
         emulator = (time.perf_counter() - began) / steps
         answer = seconds(lambda: run.act([True]), 50)
     rates = [config.updates_per_step / config.period**i for i in range(config.levels)]
-    in_xla = answer + sum(rate * one for rate, one in zip(rates, once, strict=True))
+    in_calls = answer + sum(rate * one for rate, one in zip(rates, once, strict=True))
     return {
         "agent_steps_per_second": 1 / whole,
         "ms_per_agent_step": 1e3 * whole,
@@ -187,7 +187,7 @@ def end_to_end(config: Config, steps: int) -> dict[str, float]:
         "ms_acting": 1e3 * answer,
         "ms_emulator": 1e3 * emulator,
         "ms_update_by_level": [1e3 * one for one in once],
-        "share_outside_xla": 1 - in_xla / whole,
+        "share_outside_calls": 1 - in_calls / whole,
     }
 
 
@@ -210,7 +210,7 @@ def compiling(config: Config) -> dict[str, float]:
     return found
 
 
-def memory_in_time(config: Config, lengths: list[int]) -> dict[str, dict]:
+def sequence_forms(config: Config, lengths: list[int]) -> dict[str, dict]:
     """Gradient of a sequence through S5, both scans, and through the recurrent twin."""
     S, K = config.model.z_categoricals, config.model.z_classes
 
@@ -328,7 +328,7 @@ def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     moments = {"all levels act": 0, "level 0 acts": 1}
     yield "acting", lambda: {name: acting(full, at) for name, at in moments.items()}
     yield f"end to end, {preset.preset}", lambda: end_to_end(preset, bench.steps)
-    yield "sequence length", lambda: memory_in_time(full, [64, 256, 1024, 4096])
+    yield "sequence length", lambda: sequence_forms(full, [64, 256, 1024, 4096])
     yield "draws", lambda: draws([10**n for n in range(3, 8)])
     filling = (10**3, 10**4, 10**5 - 1)
     yield "filling", lambda: {n: updates_of(long, 0, n) for n in filling}

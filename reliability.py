@@ -107,7 +107,7 @@ def stop_when_trained(process: subprocess.Popen, folder: Path) -> None:
         raise RuntimeError(Path(f"{folder}.log").read_text()[-2000:])
 
 
-def kill_until_done(name: str, folder: Path, kills: int, seed: int) -> int:
+def kill_until_done(name: str, folder: Path, kills: int, seed: str) -> int:
     """Kills one run up to so often, lets it train on; how often it was killed.
 
     Two kills of three wait for the first sign of life, then up to two seconds; the
@@ -148,7 +148,7 @@ def kills(count: int = 20, seed: int = 0) -> dict:
         def one(name):
             folder = Path(temporary, f"{list(SCENARIOS).index(name)}-{rounds}")
             share = min(10, -(-(count - sum(survived.values())) // len(SCENARIOS)))
-            killed = kill_until_done(name, folder, share, hash((seed, rounds, name)))
+            killed = kill_until_done(name, folder, share, f"{seed} {rounds} {name}")
             if contents(folder) != whole[name]:
                 found = contents(folder).items() ^ whole[name].items()
                 raise RuntimeError(f"{name}, {killed} kills: another run, {found}")

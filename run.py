@@ -206,9 +206,14 @@ class Run:
                     values[f"level{i}/{name}"] = float(each) / count
         for seed, values in enumerate(found):
             if bad := [name for name, x in values.items() if not np.isfinite(x)]:
+                level = int(bad[0][len("level")])
+                try:
+                    where = str(self.dump(seed, level))
+                except OSError as error:
+                    where = f"could not be written, {error}"
                 raise Diverged(
-                    f"step {self.step}: {', '.join(bad)} not finite; the windows it "
-                    f"began with: {self.dump(seed, int(bad[0][len('level')]))}"
+                    f"step {self.step}: {', '.join(bad)} not finite; "
+                    f"the windows it began with: {where}"
                 )
         return found
 

@@ -16,7 +16,7 @@ import pytest
 import checkpoint
 import train
 from config import PRESETS, Config
-from run import Run, load_config
+from run import Diverged, Run, load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
@@ -224,3 +224,26 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch)
     assert arrays[".reward"].shape == (2, 4)
     assert arrays[".obs"].all()
     assert not checkpoint.checkpoints(folder)
+
+
+def test_saves_come_by_minutes_too(tmp_path, monkeypatch):
+    flags = ["--checkpoint-minutes", "0", "--checkpoint-every", "1000", "--steps", "4"]
+    run = train.open_run(train.parse([*TINY, *flags, "--run-dir", str(tmp_path / "r")]))
+    saved = []
+    monkeypatch.setattr(run, "save", lambda: saved.append(run.step))
+    train.train(run, train.Stop())
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+    assert saved == [1, 2, 3, 4]
+
+
+def test_a_diverged_run_says_so_on_a_full_disk_too(tmp_path, monkeypatch):
+    run = train.open_run(train.parse([*TINY, "--run-dir", str(tmp_path / "run")]))
+    run.pending[0] = (1, {"loss_actor": np.array(np.nan)})
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run, "dump", full)
+    with pytest.raises(Diverged, match="could not be written, No space"):
+        run.save()
