@@ -257,7 +257,7 @@ def draws(sizes: list[int]) -> dict[str, dict]:
             nothing = jnp.zeros((), jnp.uint8)
             step = Transition(nothing, nothing, jnp.zeros(()), false, false, None)
             replay = Replay(
-                size, step, StoredCarry(jnp.zeros(1), jnp.zeros(1, jnp.uint8))
+                size, step, StoredCarry((jnp.zeros((1, 1)),), jnp.zeros(1, jnp.uint8))
             )
             held = [filled(replay, size, jax.random.key(0))]
             draw = jax.jit(

@@ -49,7 +49,7 @@ def write(
     entries, blobs = [], []
     for name, array in arrays.items():
         raw = np.ascontiguousarray(array).tobytes()
-        packed = small or array.dtype.itemsize <= 2
+        packed = small or array.dtype.name in INTEGERS
         blobs.append(zlib.compress(raw, 9 if small else 1) if packed else raw)
         entries.append(
             {

@@ -49,17 +49,18 @@ def etbs_index(
 
 
 class StoredCarry(eqx.Module):
-    """A carry with z as class indices."""
+    """A carry with z as class indices, x as real and, if it has one, imaginary part."""
 
-    x: Array
+    x: tuple[Float[Array, "*B N P"], ...]
     z: UInt8[Array, "*B S"]
 
 
 class Replay(eqx.Module):
     """A level's experience on the device: a ring of C entries, oldest overwritten.
 
-    `carries[t]` is the state after entry t. Arrays have one row more than the
-    capacity: it swallows the writes of a level that does not act.
+    `carries[t]` is the state after entry t, x in float16: a tower that plays on keeps
+    float32, and a window rounds the state it starts from but once. Arrays have one row
+    more than the capacity: it swallows the writes of a level that does not act.
     """
 
     steps: Transition
@@ -73,7 +74,7 @@ class Replay(eqx.Module):
         """An empty ring for entries shaped like `step` and `carry`."""
         rows = lambda x: jnp.zeros((capacity + 1, *x.shape), x.dtype)
         self.steps = jax.tree.map(rows, step)
-        self.carries = jax.tree.map(rows, carry)
+        self.carries = jax.tree.map(rows, halved(carry))
         self.draws = jnp.zeros(capacity + 1)
         self.head, self.size = jnp.array(0, jnp.int32), jnp.array(0, jnp.int32)
         self.capacity = capacity
@@ -86,7 +87,7 @@ class Replay(eqx.Module):
         write = lambda ring, x: ring.at[row].set(x)
         new = (
             jax.tree.map(write, self.steps, step),
-            jax.tree.map(write, self.carries, carry),
+            jax.tree.map(write, self.carries, halved(carry)),
             self.draws.at[row].set(0),
             jnp.where(acts, (self.head + 1) % self.capacity, self.head),
             jnp.where(acts, jnp.minimum(self.size + 1, self.capacity), self.size),
@@ -147,15 +148,23 @@ class Replay(eqx.Module):
             row, carry = row_carry
             return jax.tree.map(lambda r, c: r.at[row].set(c), ring, carry), None
 
-        carries, _ = jax.lax.scan(write, self.carries, (rows, carries))
+        carries, _ = jax.lax.scan(write, self.carries, (rows, halved(carries)))
         return eqx.tree_at(lambda r: r.carries, self, carries)
 
 
 def store_carry(carry: Carry) -> StoredCarry:
     """z as class indices, exactly invertible because z is one-hot."""
-    return StoredCarry(carry.x, jnp.argmax(carry.z, -1).astype(jnp.uint8))
+    x = (carry.x.real, carry.x.imag) if jnp.iscomplexobj(carry.x) else (carry.x,)
+    return StoredCarry(x, jnp.argmax(carry.z, -1).astype(jnp.uint8))
+
+
+def halved(carry: StoredCarry) -> StoredCarry:
+    """x in float16: states of order 1 with three digits, half the memory and disk."""
+    return StoredCarry(tuple(x.astype(jnp.float16) for x in carry.x), carry.z)
 
 
 def load_carry(carry: StoredCarry, classes: int) -> Carry:
-    """Inverse of `store_carry`."""
-    return Carry(carry.x, jax.nn.one_hot(carry.z, classes))
+    """Inverse of `store_carry`; of `halved`, up to the rounding."""
+    x = [x.astype(jnp.float32) for x in carry.x]
+    x = jax.lax.complex(*x) if len(x) == 2 else x[0]
+    return Carry(x, jax.nn.one_hot(carry.z, classes))

@@ -18,6 +18,7 @@ from etbs import (
     BALANCE_TEMPERATURE,
     Replay,
     StoredCarry,
+    halved,
     etbs_cdf,
     etbs_index,
     load_carry,
@@ -162,7 +163,7 @@ def entry(n):
         is_terminal=jnp.asarray(n % 4 == 3),
         goal=None,
     )
-    x = jax.lax.complex(jnp.full((1, 2), n, float), jnp.full((1, 2), -n, float))
+    x = (jnp.full((1, 2), n, jnp.float16), jnp.full((1, 2), -n, jnp.float16))
     return step, StoredCarry(x, jnp.full(3, byte))
 
 
@@ -263,7 +264,7 @@ def test_windows_start_with_the_carry_of_the_entry_before(fill_to, key, carry_in
     numbers = np.asarray(steps.reward)
     known = numbers[:, 0] > max(0, fill_to - CAPACITY)
     same(
-        np.asarray(before.x)[known],
+        np.asarray(before.x[0] + 1j * before.x[1])[known],
         numbers[known, :1, None] * (1 - 1j) - [[1 - 1j] * 2],
     )
     same(np.asarray(before.z)[known], numbers[known, :1] - np.ones(3))
@@ -286,23 +287,28 @@ def test_refreshed_carries_are_those_of_the_last_window(key, fill_to):
     _, rows, _, _ = sampled(replay, key)
     new = 100 + np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH)
     carries = StoredCarry(
-        jnp.asarray(new[..., None, None] * np.ones((1, 2)), jnp.complex64),
+        tuple(jnp.asarray(s * new[..., None, None] * np.ones((1, 2))) for s in (1, -1)),
         jnp.asarray(new[..., None] * np.ones(3), jnp.uint8),
     )
     after = jax.jit(Replay.refresh)(replay, rows, carries)
-    x, z = np.array(replay.carries.x), np.array(replay.carries.z)
+    re, im = map(np.array, replay.carries.x)
+    z = np.array(replay.carries.z)
     for b, t in np.ndindex(BATCH, LENGTH):
-        x[rows[b, t]], z[rows[b, t]] = new[b, t], new[b, t]
-    same(after.carries.x, x)
+        re[rows[b, t]], im[rows[b, t]] = new[b, t], -new[b, t]
+        z[rows[b, t]] = new[b, t]
+    jax.tree.map(same, after.carries.x, (re, im))
     same(after.carries.z, z)
     rest = lambda r: (r.steps, r.draws, r.head, r.size)
     jax.tree.map(same, rest(replay), rest(after))
 
 
-@given(keys, st.sampled_from([(), (2,), (2, 3)]))
-def test_stored_carries_load_as_they_were(key, batch):
+@given(
+    keys, st.sampled_from([(), (2,), (2, 3)]), st.sampled_from(["complex64", "float32"])
+)
+def test_stored_carries_load_as_they_were(key, batch, dtype):
     rng = np.random.default_rng(key)
-    x = jnp.asarray(rng.normal(size=(*batch, 2, 5)), jnp.complex64)
+    x = rng.normal(size=(*batch, 2, 10)).astype(np.float32)
+    x = jnp.asarray(x.view(np.complex64) if dtype == "complex64" else x)
     z = jnp.asarray(np.eye(7)[rng.integers(7, size=(*batch, 4))], jnp.float32)
     stored = store_carry(Carry(x, z))
     assert stored.z.dtype == jnp.uint8 and stored.z.shape == (*batch, 4)
@@ -310,6 +316,12 @@ def test_stored_carries_load_as_they_were(key, batch):
     same(loaded.x, x)
     same(loaded.z, z)
     jax.tree.map(same, store_carry(loaded), stored)
+    kept = halved(stored)
+    assert {part.dtype for part in kept.x} == {jnp.dtype("float16")}
+    rounded = load_carry(kept, 7)
+    assert rounded.x.dtype == x.dtype
+    np.testing.assert_allclose(rounded.x, x, rtol=2**-10, atol=1e-7)
+    jax.tree.map(same, halved(store_carry(rounded)), kept)
 
 
 # Balanced by counts

@@ -224,7 +224,7 @@ def test_tower_is_the_specification_in_plain_loops(levels, period, key, lengths)
                 close(got, getattr(latent, name), err_msg=name)
             jax.tree.map(same, row(replays[i].steps, written[i]), step)
             carry = row(replays[i].carries, written[i])
-            close(carry.x, latent.x)
+            close(load_carry(carry, K).x, latent.x, rtol=2**-10)
             same(carry.z, np.asarray(latent.z).argmax(-1))
             written[i] += 1
     assert [int(replay.size) for replay in replays] == written
@@ -367,7 +367,7 @@ def replayed(subactor, replay, start):
     before = load_carry(row(before, 0), K)
     steps = row(steps, 0)
     latent = subactor.world_model.predict_all(z, before, steps.action, steps.is_first)
-    return latent, replay.carries.x[rows]
+    return latent, load_carry(row(replay.carries, rows), K).x
 
 
 @towers
@@ -381,9 +381,10 @@ def test_replay_continues_as_acting_did(levels, period, key, lengths):
         for start in range(replays[i].size - SHORT + 1):
             latent, x = replayed(subactor, replays[i], start)
             window = row(level, slice(start, start + SHORT))
-            close(latent.x, x)
+            rounding = {"rtol": 5e-3, "atol": 5e-3}  # the stored carry's
+            close(latent.x, x, **rounding)
             for name in ("x", "h", "prior"):
-                close(getattr(latent, name), getattr(window, name))
+                close(getattr(latent, name), getattr(window, name), **rounding)
 
 
 # The small functions

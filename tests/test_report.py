@@ -322,7 +322,7 @@ def toggle_run(wrong):
         jnp.zeros(()),
         *(zero, zero, None),
     )
-    replay = Replay(n, step, StoredCarry(jnp.zeros((1, 1)), jnp.zeros(1, jnp.uint8)))
+    replay = Replay(n, step, StoredCarry((jnp.zeros((1, 1)),), jnp.zeros(1, jnp.uint8)))
     obs = 255 * jax.nn.one_hot(rows(LIGHT), 2, dtype=jnp.uint8).reshape(-1, 1, 2, 1)
     where = lambda r: (r.steps.obs, r.steps.action, r.steps.is_first, r.size)
     is_first = jnp.arange(n + 1) == 0
