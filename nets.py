@@ -92,19 +92,30 @@ def bins() -> Float[Array, " 255"]:
     return jnp.linspace(-BIN_LIMIT, BIN_LIMIT, BINS)
 
 
+def twohot_position(value: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Where symlog(value) lies among the bins, counted from 0."""
+    spacing = 2 * BIN_LIMIT / (BINS - 1)
+    return jnp.clip((symlog(value) + BIN_LIMIT) / spacing, 0, BINS - 1)
+
+
 def twohot(value: Float[Array, "*B"]) -> Float[Array, "*B 255"]:
     """Weights of the two bins around symlog(value); outside, the end bin. (NET 6)"""
-    spacing = 2 * BIN_LIMIT / (BINS - 1)
-    position = jnp.clip((symlog(value) + BIN_LIMIT) / spacing, 0, BINS - 1)
-    distance = jnp.abs(position[..., None] - jnp.arange(BINS))
+    distance = jnp.abs(twohot_position(value)[..., None] - jnp.arange(BINS))
     return jnp.maximum(0, 1 - distance)  # (NET 6)
 
 
 def twohot_log_prob(
     logits: Float[Array, "*B 255"], value: Float[Array, "*B"]
 ) -> Float[Array, "*B"]:
-    """Cross-entropy, negated, of the two-hot target of a value. (NET 6)"""
-    return jnp.sum(twohot(value) * jax.nn.log_softmax(logits), -1)
+    """Cross-entropy, negated, of the two-hot target of a value. (NET 6)
+
+    Only two bins of the target are not zero: they are picked instead of multiplied.
+    """
+    position = twohot_position(value)
+    low = jnp.minimum(position.astype(jnp.int32), BINS - 2)
+    pick = lambda bin: jnp.take_along_axis(logits, bin[..., None], -1)[..., 0]
+    low_part = (low + 1 - position) * pick(low)
+    return low_part + (position - low) * pick(low + 1) - jax.nn.logsumexp(logits, -1)
 
 
 def twohot_mean(logits: Float[Array, "*B 255"]) -> Float[Array, "*B"]:

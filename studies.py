@@ -1,12 +1,13 @@
-"""Small studies that two CPU cores can carry: arms × seeds, raw numbers, one figure.
+"""Studies that two CPU cores can carry: tasks × arms × seeds, raw numbers, figures.
 
     python studies.py catch --seeds 5       runs what is missing, then writes
-        results/catch.json   command, commit, hardware, flags, every seed's curve
+        results/catch.json   command, hardware, flags, every seed's numbers and curves
         results/catch.md     mean of the evaluation returns with 95 % interval
-        results/catch.png    learning curves
+        results/catch.png    learning curves, or intervals where arms are many
 
-Runs are ordinary run folders under runs/studies; one that was stopped is resumed, one
-that is finished is read. Each run has one core to itself.
+`--report` starts nothing and writes what there is. Runs are ordinary run folders under
+runs/studies, named by their flags, so that studies share them; one that was stopped is
+resumed, one that is finished is read. Each run has one core to itself.
 """
 
 import json
@@ -14,66 +15,114 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
+ROOT = Path(__file__).parent
+RUNS = Path("runs/studies")
+
+
+class Study(NamedTuple):
+    """Flags of train.py by task and by arm, and the metrics that are to be drawn."""
+
+    tasks: dict[str, str]
+    arms: dict[str, str]
+    losses: tuple[str, ...] = ()
+
+    def flags(self, task: str, arm: str) -> str:
+        return f"{self.tasks[task]} {self.arms[arm]}"
+
+
+LEVELS = {"1 level": "--levels 1", "3 levels": "--levels 3"}
+MODELS = {"S5": "--levels 1", "RSSM": "--levels 1 --world-model rssm"}
+SMALL = {
+    "Breakout": "--game minatar/breakout --steps 10000",
+    "Space Invaders": "--game minatar/space_invaders --steps 10000",
+    "catch": "--game catch",
+    "recall": "--game recall",
+}
+GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 STUDIES = {
-    "catch": {
-        "1 level": "--game catch --levels 1",
-        "3 levels": "--game catch --levels 3",
-    },
-    "recall": {
-        "S5": "--game recall --levels 1",
-        "RSSM": "--game recall --levels 1 --world-model rssm",
-    },
-    "carry": {
-        "stored": "--game recall --levels 1 --length 8 --env.delay 16",
-        "zero": "--game recall --levels 1 --length 8 --env.delay 16 --carry zero",
-    },
-    "features": {
-        "both": "--game catch --levels 1",
-        "states": "--game catch --levels 1 --model.h-source states",
-        "output": "--game catch --levels 1 --model.h-source output",
-        "unscaled": "--game catch --levels 1 --model.no-scaled",
-    },
-    "breakout": {
-        "1 level": "--game minatar/breakout --levels 1 --steps 20000",
-        "3 levels": "--game minatar/breakout --levels 3 --steps 20000",
-    },
+    "catch": Study({"catch": "--game catch"}, LEVELS),
+    "recall": Study(
+        {f"D = {D}": f"--game recall --env.delay {D}" for D in (10, 30, 100, 300)},
+        MODELS,
+    ),
+    "carry": Study(
+        {"T = 8, D = 16": "--game recall --levels 1 --length 8 --env.delay 16"},
+        {"stored": "--carry stored", "zero": "--carry zero"},
+    ),
+    "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
+    "minatar": Study({game: f"--game minatar/{game}" for game in GAMES}, LEVELS),
+    "losses": Study(SMALL, MODELS, ("loss_observation", "loss_reward", "kl")),
+    "ablations": Study(
+        SMALL,
+        {
+            "as it is, 1 level": "--levels 1",
+            "2 levels": "--levels 2",
+            "3 levels": "--levels 3",
+            "3 levels, plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
+            "RSSM": "--levels 1 --world-model rssm",
+            "h from states": "--levels 1 --model.h-source states",
+            "h from output": "--levels 1 --model.h-source output",
+            "states unscaled": "--levels 1 --model.no-scaled",
+            "uniform sampling": "--levels 1 --sampler uniform",
+            "balanced sampling": "--levels 1 --sampler balanced",
+            "carry zero": "--levels 1 --carry zero",
+            "returns as they are": "--levels 1 --trainer.no-normalise-returns",
+        },
+    ),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BINS = 40
+KEPT = ("seed", "steps", "train_score", "eval_score", "wall_seconds", "updates")
 
 
-def run_one(flags: str, folder: Path, core: int) -> None:
+def folder_of(flags: str, seed: int) -> Path:
+    """Where a run lives: equal flags, equal folder."""
+    words = flags.replace("--", "").replace("/", "-").replace(".", "-").split()
+    return RUNS / "-".join([*words, str(seed)])
+
+
+def run_one(flags: str, seed: int, core: int) -> None:
     """Trains one seed to its end on one core; does nothing if it is done."""
+    folder = folder_of(flags, seed)
     if (folder / "result.json").exists():
         return
-    command = [sys.executable, "train.py"]
+    command = [sys.executable, str(ROOT / "train.py")]
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
     else:
-        command += [*flags.split(), "--run-dir", str(folder)]
+        command += [*flags.split(), "--seed", str(seed), "--run-dir", str(folder)]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     with open(f"{folder}.log", "a") as log:
+        print(f"commit {commit.stdout.strip()}", file=log, flush=True)
         subprocess.run(
             command,
             stdout=log,
             stderr=log,
             check=True,
-            cwd=Path(__file__).parent,
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
 
 
-def run_all(jobs: list[tuple[str, Path]]) -> None:
-    """All jobs, as many at once as there are cores."""
+def run_all(jobs: list[tuple[str, int]]) -> None:
+    """All runs, as many at once as there are cores."""
     cores: Queue[int] = Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -89,14 +138,35 @@ def run_all(jobs: list[tuple[str, Path]]) -> None:
         list(pool.map(with_core, jobs))
 
 
-def curve(folder: Path, steps: int) -> list[float | None]:
-    """Mean return of the training episodes that end in each of `BINS` intervals."""
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = np.array([x["step"] for x in lines if "episode_return" in x])
-    returns = np.array([x["episode_return"] for x in lines if "episode_return" in x])
-    index = np.minimum((ends - 1) * BINS // steps, BINS - 1)
-    parts = [returns[index == i] for i in range(BINS)]
+def binned(steps: list[int], values: list[float], total: int) -> list[float | None]:
+    """Means of what fell into each of `BINS` intervals of a run of `total` steps."""
+    index = np.minimum((np.array(steps, int) - 1) * BINS // total, BINS - 1)
+    parts = [np.array(values)[index == i] for i in range(BINS)]
     return [float(part.mean()) if len(part) else None for part in parts]
+
+
+def read_run(flags: str, seed: int, losses: tuple[str, ...]) -> dict | None:
+    """What is kept of one run; None if it is not finished."""
+    folder = folder_of(flags, seed)
+    if not (folder / "result.json").exists():
+        return None
+    result = json.loads((folder / "result.json").read_text())
+    text = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in text]
+
+    def curve(key: str) -> list[float | None]:
+        found = [(line["step"], line[key]) for line in lines if key in line]
+        return binned(*map(list, zip(*found, strict=True)), result["steps"])
+
+    log = Path(f"{folder}.log").read_text(errors="replace").splitlines()
+    commits = [x.split()[1] for x in log if x.startswith("commit ")]
+    kept = {key: result[key] for key in KEPT} | {
+        "commits": list(dict.fromkeys(commits))
+    }
+    return kept | {
+        "curve": curve("episode_return"),
+        "losses": {name: curve(f"level0/{name}") for name in losses},
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -109,116 +179,153 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def draw(study: dict, path: Path) -> None:
-    """Learning curves: mean over seeds, the range of seeds shaded."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for (name, arm), colour in zip(study["arms"].items(), COLOURS, strict=False):
-        curves = np.array([run["curve"] for run in arm["runs"]], float)
-        steps = (np.arange(BINS) + 0.5) * arm["runs"][0]["steps"] / BINS
-        kept = ~np.isnan(curves).all(0)
-        steps, curves = steps[kept], curves[:, kept]
-        axes.plot(steps, np.nanmean(curves, 0), color=colour, label=name)
-        low, high = np.nanmin(curves, 0), np.nanmax(curves, 0)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="agent steps", ylabel="return of training episodes")
+def cells(found: dict) -> Iterator[tuple[str, str, list[dict]]]:
+    """Task, arm and finished runs."""
+    for task, arms in found["tasks"].items():
+        for arm, content in arms.items():
+            yield task, arm, content["runs"]
+
+
+def draw_curves(axes: Axes, curves: dict[str, list], steps: int, ylabel: str) -> None:
+    """Means over seeds per arm, their 95 % intervals shaded."""
+    for (arm, values), colour in zip(curves.items(), COLOURS, strict=False):
+        if not values:
+            continue
+        seeds = np.array(values, float)
+        kept = ~np.isnan(seeds).all(0)
+        x = ((np.arange(BINS) + 0.5) * steps / BINS)[kept]
+        bands = [interval(list(y[~np.isnan(y)])) for y in seeds[:, kept].T]
+        mean, low, high = np.array(bands).T
+        axes.plot(x, mean, color=colour, label=arm)
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel="agent steps", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="mean; shaded: range of seeds")
+
+
+def draw_intervals(axes: Axes, scores: dict[str, list[float]]) -> None:
+    """Evaluation scores per arm: mean, 95 % interval, every seed as a dot."""
+    for row, values in enumerate(scores.values()):
+        if values:
+            mean, low, high = interval(values)
+            axes.plot([low, high], [row, row], color=COLOURS[0], linewidth=2)
+            axes.plot(mean, row, "o", color=COLOURS[0])
+            axes.plot(values, [row] * len(values), ".", color="#999999", markersize=3)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set_xlabel("eval score")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(found: dict, path: Path) -> None:
+    """A column per task: losses, learning curves, or intervals of many arms."""
+    tasks, losses = found["tasks"], found["losses"]
+    many = max(map(len, tasks.values())) > len(COLOURS)
+    rows, n = max(1, len(losses)), len(tasks)
+    width, height = (3.2 if n > 1 else 6.4), (3.6 if many else 2.4 if n > 1 else 3.6)
+    figure = Figure(figsize=(width * n + 1.5 * many, height * rows))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(rows, n, squeeze=False, sharey="row" if many else False)
+    for column, (task, arms) in zip(panels.T, tasks.items(), strict=True):
+        runs = {arm: content["runs"] for arm, content in arms.items()}
+        steps = next((each[0]["steps"] for each in runs.values() if each), 1)
+        column[0].set_title(task, fontsize=10)
+        for axes, name in zip(column, losses, strict=False):
+            curves = {arm: [x["losses"][name] for x in xs] for arm, xs in runs.items()}
+            draw_curves(axes, curves, steps, name.replace("_", " ") + " in nats")
+            axes.set_yscale("log")
+        if many:
+            scores = {arm: [x["eval_score"] for x in xs] for arm, xs in runs.items()}
+            draw_intervals(column[0], scores)
+        elif not losses:
+            curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
+            draw_curves(column[0], curves, steps, "return of training episodes")
+    if not many:
+        panels[0, 0].legend(frameon=False, title="mean, 95 % interval")
     figure.savefig(path, dpi=130)
 
 
-def table(study: dict) -> str:
-    """Evaluation scores as Markdown, every seed shown."""
+def table(found: dict) -> str:
+    """Evaluation scores as Markdown, every seed shown, missing seeds too."""
     rows = [
-        "| arm | eval score, mean [95 %] | seeds | minutes per run |",
-        "|---|---|---|---|",
+        "| task | arm | eval score, mean [95 %] | each seed | minutes per run |",
+        "|---|---|---|---|---|",
     ]
-    for name, arm in study["arms"].items():
-        scores = [run["eval_score"] for run in arm["runs"]]
-        mean, low, high = interval(scores)
-        each = " ".join(f"{score:.2f}" for score in scores)
-        minutes = np.median([run["wall_seconds"] for run in arm["runs"]]) / 60
-        rows.append(
-            f"| {name} | {mean:.2f} [{low:.2f}, {high:.2f}] | {each} | {minutes:.1f} |"
-        )
+    for task, arm, runs in cells(found):
+        missing = found["seeds_asked"] - len(runs)
+        each = " ".join(f"{run['eval_score']:.2f}" for run in runs)
+        each += f" ({missing} missing)" if missing else ""
+        score, minutes = "", ""
+        if runs:
+            mean, low, high = interval([run["eval_score"] for run in runs])
+            score = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            minutes = f"{np.median([run['wall_seconds'] for run in runs]) / 60:.1f}"
+        rows.append(f"| {task} | {arm} | {score} | {each} | {minutes} |")
     return "\n".join(rows) + "\n"
 
 
-def header(study: dict) -> dict:
+def header(found: dict) -> dict[str, Any]:
     """What results/README.md (evaluate.py page) says of a study."""
-    runs = [run for arm in study["arms"].values() for run in arm["runs"]]
-    scores = {
-        name: interval([run["eval_score"] for run in arm["runs"]])
-        for name, arm in study["arms"].items()
-    }
-    each = (
-        f"{k} {x:.2f} [{low:.2f}, {high:.2f}]" for k, (x, low, high) in scores.items()
-    )
+    all_runs = [run for _, _, runs in cells(found) for run in runs]
+    phrases = []
+    for task, arm, runs in cells(found):
+        if runs:
+            mean, low, high = interval([run["eval_score"] for run in runs])
+            phrases.append(f"{task}, {arm}: {mean:.2f} [{low:.2f}, {high:.2f}]")
+    commits = dict.fromkeys(c for run in all_runs for c in run["commits"])
     return {
-        "seeds": sorted({run["seed"] for run in runs}),
-        "wall_seconds": [run["wall_seconds"] for run in runs],
+        "commit": ", ".join(commits),
+        "seeds": sorted({run["seed"] for run in all_runs}),
+        "wall_seconds": [run["wall_seconds"] for run in all_runs],
         "cores": 1,
-        "summary": "eval score, mean [95 %] over seeds: " + ", ".join(each),
+        "summary": "eval score, mean [95 %] over seeds: " + "; ".join(phrases),
     }
 
 
 def main(
     study: Annotated[str, tyro.conf.Positional],
     seeds: int = 5,
+    report: bool = False,
     out: Path = Path("results"),
 ) -> int:
-    """Runs what is missing of a study and writes its results."""
+    """Runs what is missing of a study and writes its results.
+
+    Args:
+        study: One of those that this file lists.
+        seeds: Runs of every arm on every task.
+        report: Starts nothing, only writes what there is.
+        out: Folder of the results.
+    """
     if study not in STUDIES:
         print(
             f"studies.py: {study} is unknown: choose {', '.join(STUDIES)}",
             file=sys.stderr,
         )
         return 2
-    folders = {
-        arm: [
-            Path(f"runs/studies/{study}-{arm.replace(' ', '-')}-{s}")
-            for s in range(seeds)
-        ]
-        for arm in STUDIES[study]
-    }
-    Path("runs/studies").mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    run_all(
-        [
-            (f"{STUDIES[study][arm]} --seed {seed}", folder)
-            for seed in range(seeds)
-            for arm, folder in ((arm, runs[seed]) for arm, runs in folders.items())
-        ]
-    )
+    asked = STUDIES[study]
+    if not report:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        run_all(
+            [
+                (asked.flags(task, arm), seed)
+                for seed in range(seeds)
+                for task in asked.tasks
+                for arm in asked.arms
+            ]
+        )
     found = {
         "command": f"python studies.py {study} --seeds {seeds}",
-        "commit": commit.stdout.strip(),
         "hardware": f"{platform.processor() or platform.machine()}, one core per run",
-        "arms": {},
+        "seeds_asked": seeds,
+        "losses": asked.losses,
+        "tasks": {task: {} for task in asked.tasks},
     }
-    for arm, flags in STUDIES[study].items():
-        runs = []
-        for folder in folders[arm]:
-            result = json.loads((folder / "result.json").read_text())
-            kept = (
-                "seed",
-                "steps",
-                "train_score",
-                "eval_score",
-                "wall_seconds",
-                "updates",
-            )
-            runs.append(
-                {k: result[k] for k in kept} | {"curve": curve(folder, result["steps"])}
-            )
-        found["arms"][arm] = {"flags": flags, "runs": runs}
-    out.mkdir(exist_ok=True)
+    for task, arms in found["tasks"].items():
+        for arm in asked.arms:
+            flags = asked.flags(task, arm)
+            runs = [read_run(flags, seed, asked.losses) for seed in range(seeds)]
+            arms[arm] = {"flags": flags, "runs": [run for run in runs if run]}
     found = header(found) | found
+    out.mkdir(exist_ok=True)
     (out / f"{study}.json").write_text(json.dumps(found, indent=1))
     (out / f"{study}.md").write_text(table(found))
     draw(found, out / f"{study}.png")
