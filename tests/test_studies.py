@@ -1,0 +1,134 @@
+"""Studies: runs shared by flags, tables and figures by hand, missing seeds shown."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import studies
+from studies import STUDIES, Study
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty folder of runs."""
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+def finish(flags, seed, score, returns=(0.0, 1.0), losses=(), minutes=2.0):
+    """A finished run of 80 steps: episodes at steps 1, 3, ..., each of two bins."""
+    folder = studies.folder_of(flags, seed)
+    folder.mkdir()
+    result = dict.fromkeys(studies.KEPT) | {"seed": seed, "steps": 80}
+    result |= {"eval_score": score, "wall_seconds": 60 * minutes}
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        {"step": 2 * i + 1, "episode_return": x} for i, x in enumerate(returns)
+    ] + [{"step": 40, "level0/kl": x} for x in losses]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    (folder.parent / f"{folder.name}.log").write_text("commit abc\nrun\ncommit abc\n")
+
+
+def test_equal_flags_are_one_run_and_others_another():
+    found = {}
+    for study in STUDIES.values():
+        for task in study.tasks:
+            for arm in study.arms:
+                flags = " ".join(sorted(study.flags(task, arm).split()))
+                found.setdefault(studies.folder_of(study.flags(task, arm), 0), flags)
+                assert found[studies.folder_of(study.flags(task, arm), 0)] == flags
+    assert len(set(found.values())) == len(found)
+    losses, ablations = STUDIES["losses"], STUDIES["ablations"]
+    same = losses.flags("catch", "RSSM"), ablations.flags("catch", "RSSM")
+    assert studies.folder_of(same[0], 3) == studies.folder_of(same[1], 3)
+
+
+def test_every_arm_is_a_command_line_that_train_takes():
+    from train import parse  # noqa: PLC0415, compiles nothing
+
+    for study in STUDIES.values():
+        for task in study.tasks:
+            for arm in study.arms:
+                config = parse(study.flags(task, arm).split())
+                assert config.levels in (1, 2, 3)
+
+
+def test_numbers_of_a_run_by_hand(runs):
+    finish("--game catch", 2, 0.5, returns=(1.0, 3.0, 5.0), losses=(0.25,))
+    found = studies.read_run("--game catch", 2, ("kl",))
+    assert found["commits"] == ["abc"] and found["eval_score"] == 0.5
+    assert found["curve"][:4] == [1.0, 3.0, 5.0, None]
+    assert found["losses"]["kl"][19] == 0.25 and found["losses"]["kl"].count(None) == 39
+    assert studies.read_run("--game catch", 0, ()) is None
+
+
+def test_interval_of_known_values():
+    assert studies.interval([2.0]) == (2.0, 2.0, 2.0)
+    assert studies.interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    mean, low, high = studies.interval([0.0, 1.0] * 50)
+    assert mean == 0.5
+    assert (low, high) == (pytest.approx(0.4, abs=0.02), pytest.approx(0.6, abs=0.02))
+
+
+def test_a_report_shows_what_is_missing_and_starts_nothing(
+    runs, tmp_path, monkeypatch, capsys
+):
+    study = Study({"one": "--game catch", "two": "--game recall"}, {"a": "", "b": "-x"})
+    monkeypatch.setitem(STUDIES, "catch", study)
+    monkeypatch.setattr(studies, "run_all", lambda jobs: pytest.fail("started"))
+    for seed, score in enumerate((0.0, 1.0)):
+        finish(study.flags("one", "a"), seed, score)
+    assert studies.main("catch", seeds=2, report=True, out=tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0].startswith("| one | a | 0.50 [0.00, 1.00] | 0.00 1.00 | 2.0 |")
+    assert all("(2 missing)" in line for line in lines[1:]) and len(lines) == 4
+    found = json.loads((tmp_path / "catch.json").read_text())
+    assert found["commit"] == "abc" and found["seeds"] == [0, 1]
+    assert found["summary"].endswith("one, a: 0.50 [0.00, 1.00]")
+    assert (tmp_path / "catch.png").stat().st_size > 1000
+
+
+def test_figures_say_their_numbers():
+    axes = Figure().subplots()
+    values = [[0.0, None] + [1.0] * 38, [2.0, None] + [3.0] * 38]
+    studies.draw_curves(axes, {"a": values, "none": []}, 400, "return")
+    (line,) = axes.get_lines()
+    x, y = line.get_data()
+    assert len(x) == 39 and (x[0], x[1]) == (5.0, 25.0)
+    assert (y[0], y[1]) == (1.0, 2.0) and axes.get_ylabel() == "return"
+    axes = Figure().subplots()
+    studies.draw_intervals(axes, {"a": [1.0, 3.0], "none": []})
+    points = axes.get_lines()[1].get_xdata()
+    assert np.allclose(points, 2.0)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "none"]
+
+
+def test_a_run_is_resumed_if_begun_and_read_if_done(runs, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        studies.subprocess,
+        "run",
+        lambda command, **_: calls.append(command) or type("R", (), {"stdout": "abc"}),
+    )
+    flags, folder = "--game catch", studies.folder_of("--game catch", 1)
+    started = lambda: [c for c in calls if c[0] == sys.executable]
+    studies.run_one(flags, 1, 0)
+    assert started()[0][2:] == [*flags.split(), "--seed", "1", "--run-dir", str(folder)]
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    studies.run_one(flags, 1, 0)
+    assert started()[1][2:] == ["--resume", str(folder)]
+    (folder / "result.json").write_text("{}")
+    studies.run_one(flags, 1, 0)
+    assert len(started()) == 2
+
+
+def test_an_unknown_study_is_one_line(capsys):
+    assert studies.main("nothing") == 2
+    error = capsys.readouterr().err
+    assert "choose catch" in error and error.count("\n") == 1
