@@ -151,6 +151,8 @@ def start(job: Job, folder: Path, gpus: float, held: int, source: str | None):
         "from": checkpoints[-1].name if checkpoints else None,
     }
     with open(folder.parent / f"{folder.name}.log", "a") as log:
+        if log.tell():  # a killed trainer leaves its progress bar's line unfinished
+            print(file=log)
         print(f"sweep.py: {json.dumps(begun)}", file=log, flush=True)
         return subprocess.Popen(
             command,
