@@ -21,7 +21,10 @@ from PIL import Image
 import view
 from agent import init_learners
 from config import TINY
+from diagnose import decode_down
 from game import UsageError, make_env
+from imagine import levels_of
+from nets import symexp
 from play import episode as let_play
 from run import load_weights, save_weights
 from subgoal import subgoal_reward
@@ -61,7 +64,7 @@ def made(tmp_path_factory):
     text = (folder / "echo.html").read_text()
     config, learners = load_weights(folder / "echo.ckpt")
     episode = let_play(config, learners, 2000, seed=0)
-    return folder / "echo.html", text, read(text), view.levels_of(learners, episode)
+    return folder / "echo.html", text, read(text), levels_of(learners, episode)
 
 
 def read(text):
@@ -70,7 +73,8 @@ def read(text):
 
 def picture(sheet, i):
     """Picture i of a sheet in [0, 1], as the page's script finds it."""
-    file = BytesIO(base64.b64decode(sheet["src"][i // sheet["per"]]))
+    source = sheet["src"][i // sheet["per"]].removeprefix("data:image/webp;base64,")
+    file = BytesIO(base64.b64decode(source))
     whole = np.asarray(Image.open(file).convert("RGB")) / 255
     row, column = divmod(i % sheet["per"], sheet["columns"])
     h, w = sheet["h"], sheet["w"]
@@ -97,7 +101,7 @@ def roll(subactor, start, goal, actions, key):
             action = subactor.act(latent, goal, key=act_key)
         code = jax.nn.one_hot(jnp.asarray(action), subactor.action_shape[1])
         latent = model.imagine(latent.carry, code, key=model_key)
-        found.append((latent, *model.heads.outlook(latent)[:2]))
+        found.append((latent, *model.heads.outlook(latent)[:2], action))
     return found
 
 
@@ -118,7 +122,7 @@ def test_the_page_needs_nothing_else(made):
     assert len(text) < view.PAGE_BYTES
     # Data cannot hold these characters in a row: base64 has no colon.
     assert not re.findall(
-        r"https?:|//\w+\.\w|@import|url\(|<link(?! rel=.icon. href=.data)", text
+        r"https?:|//\w+\.\w|@import|url\(|<link(?! rel=.icon. href=.data)|{{", text
     )
     assert re.findall(r"\s(?:src|href)=\"(?!data:)[^\"]*", text) == []
 
@@ -141,14 +145,13 @@ def test_real_frames_and_reconstructions(made):
     """At every step what level 0 saw, and what its decoder makes of its latent."""
     _, _, data, levels = made
     lived = levels[0].lived
-    heads = levels[0].learner.subactor.world_model.heads
+    heads = levels[0].learners[-1].subactor.world_model.heads
     assert data["steps"] == 21
-    assert data["ended"]
     assert data["levels"][0]["at"] == list(range(21))
     for t in range(21):
-        close(picture(data["seen"], t), rgb(lived.steps.obs[t] / 255))
+        close(picture(data["sheets"]["seen"], t), rgb(lived.steps.obs[t] / 255))
         decoded = seen(heads, lived.latent.z[t], lived.latent.h[t])
-        close(picture(data["levels"][0]["decoded"], t), decoded, ROUNDING)
+        close(picture(data["sheets"]["decoded0"], t), decoded, ROUNDING)
 
 
 def test_upper_levels_are_decoded_through_those_below(made):
@@ -157,8 +160,8 @@ def test_upper_levels_are_decoded_through_those_below(made):
         latent = levels[i].lived.latent
         assert data["levels"][i]["at"] == [*range(0, 21, 2**i)]
         for r in range(len(latent.h)):
-            decoded = view.decode_down(levels[i].decoders, latent.z[r], latent.h[r])
-            found = picture(data["levels"][i]["decoded"], r)
+            decoded = decode_down(levels[i].decoders, latent.z[r], latent.h[r])
+            found = picture(data["sheets"][f"decoded{i}"], r)
             close(found, rgb(decoded), ROUNDING)
 
 
@@ -167,73 +170,152 @@ def test_imagination_is_the_models_own_roll_out(made, i):
     """As played, by the actor and under each fixed action, from every kept row."""
     _, _, data, levels = made
     level, part = levels[i], data["levels"][i]["imagined"]
-    lived, F = level.lived, part["steps"]
+    lived, F, strips = level.lived, view.IMAGINED, part["strips"]
     names = data["actions"] if i == 0 else []
-    assert part["choices"] == ["as played", "the actor", *names]
-    assert part["rows"] == [*range(0, len(lived.at) - 1, part["every"])]
-    keys = jax.random.split(jax.random.key(0), len(part["rows"]))
-    w = len(part["rows"]) - 1
-    row = part["rows"][w]
+    assert len(strips) == 3 + len(names)
+    rows = [lived.at.tolist().index(t) for t in part["at"]]
+    assert rows == [*range(0, len(lived.at) - 1, 2)]
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    w = len(rows) - 1
+    row = rows[w]
     later = [min(row + f, len(lived.at) - 1) for f in range(F)]
     # A row's action led to it: what is chosen at a row stands in the next one.
     real = [lived.steps.action[min(r + 1, len(lived.at) - 1)] for r in later]
     plans = [real, [None] * F, *([[a]] * F for a in range(len(names)))]
-    for c, plan in enumerate(plans):
-        found = roll(level.learner.subactor, *begin(level, row), plan, keys[w])
+    seen = [*range(row, len(lived.at))]
+    truth = [lived.at[r] for r in seen] + [-1] * (F + 1 - len(seen))
+    assert strips[0]["sheet"] == "seen"
+    assert strips[0]["cells"][w] == truth
+    for strip, c in zip(strips[1:], range(len(plans)), strict=True):
+        found = roll(level.learners[-1].subactor, *begin(level, row), plans[c], keys[w])
         sure = len(lived.at) - 1 - row if c == 0 else F  # no plan after the end
-        shown = range(1, F + 1) if c < 2 else part["ahead"]
-        first = w * part["pictures"]["per"] + min(c, 2) * F
-        first += max(0, c - 2) * len(part["ahead"])
-        close(part["reward"][w][c][:sure], [x[1] for x in found][:sure])
-        close(part["cont"][w][c][:sure], [x[2] for x in found][:sure])
-        for place, k in enumerate(shown):
-            if k <= sure:
-                latent = found[k - 1][0]
-                decoded = view.decode_down(level.decoders, latent.z, latent.h)
-                decoded = rgb(decoded)
-                close(picture(part["pictures"], first + place), decoded, ROUNDING)
+        cells, total = strip["cells"][w], 0
+        decoded = decode_down(level.decoders, lived.latent.z[row], lived.latent.h[row])
+        sheet = data["sheets"][strip["sheet"]]
+        close(picture(sheet, cells[0]), rgb(decoded), ROUNDING)
+        for k in range(1, F + 1):
+            (latent, reward, cont, action), said = found[k - 1], strip["said"][w][k]
+            if k > sure:
+                assert (cells[k], said) == (-1, "the episode is over")
+                continue
+            total += reward
+            numbers, *name = said.replace("−", "-").split(": ")
+            close([float(x) for x in numbers.split(", ")], [reward, total, cont])
+            assert name == ([names[int(action[0])]] if names and c == 1 else [])
+            assert (cells[k] < 0) == (c > 1 and k not in view.AHEAD)
+            if cells[k] >= 0:
+                decoded = decode_down(level.decoders, latent.z, latent.h)
+                close(picture(sheet, cells[k]), rgb(decoded), ROUNDING)
 
 
-def test_a_fixed_action_is_fixed_and_matters(made):
-    _, _, _, levels = made
-    subactor = levels[0].learner.subactor
-    start, goal = begin(levels[0], 3)
-    A = subactor.action_shape[1]
-    forced = jnp.arange(A)[:, None, None] * jnp.ones((1, 5, 1), int)
-    one = lambda f: view.dream(subactor, start, goal, f, key=jax.random.key(3))
-    found = jax.vmap(one)(forced)
-    np.testing.assert_array_equal(found.action, forced)
-    assert len(np.unique(np.asarray(found.h[:, 0]).round(4), axis=0)) == A
+def code_of(sheet, i):
+    """Classes of a code from its squares, the brightest of a row."""
+    return picture(sheet, i)[3 :: view.SQUARE, 3 :: view.SQUARE].mean(-1).argmax(-1)
 
 
 def test_goals_are_those_in_force(made):
     """Codes, the closest state by brute force, and the goal decoded with its z."""
     _, _, data, levels = made
     for i in (0, 1):
-        level, part = levels[i], data["levels"][i]["goals"]
-        lived, learner = level.lived, level.learner
-        assert part["at"] == levels[i + 1].lived.at.tolist()
-        for g, t in enumerate(part["at"]):
+        level, part = levels[i], data["levels"][i]["figures"]
+        lived, learner = level.lived, level.learners[-1]
+        above = levels[i + 1].lived.at
+        (k,) = (part["change"][1][f"decoded{i}"],)
+        assert part["closest"][1]["seen"] == lived.at[k].tolist()
+        for name in ("goal", "closest", "change", "code"):
+            assert part[name][0] == i + 1
+        for g, t in enumerate(above):
             row = lived.at.tolist().index(t)
-            assert part["code"][g] == lived.steps.goal[row].tolist()
-            code = jax.nn.one_hot(part["code"][g], MODEL.code_classes)
+            goal = lived.steps.goal[row]
+            assert code_of(data["sheets"][f"code{i}"], g).tolist() == goal.tolist()
+            code = jax.nn.one_hot(goal, MODEL.code_classes)
             G = learner.subactor.autoencoder.decode(code)
             S = learner.standardiser(jnp.asarray(lived.latent.h))
             agreement = [float(subgoal_reward(G, s)) for s in S]
-            k = part["closest"][g]
-            close(part["agreement"][g], max(agreement))
-            close(agreement[k], max(agreement))
-            h = view.symexp(learner.standardiser.inverse(G))
-            decoded = view.decode_down(level.decoders, lived.latent.z[k], h)
-            decoded = rgb(decoded)
-            close(picture(part["decoded"], g), decoded, ROUNDING)
-    assert data["levels"][2]["goals"] is None
+            assert (
+                part["closest"][2][g]
+                == f"step {lived.at[k[g]]}: r_g {max(agreement):.3g}"
+            )
+            close(agreement[k[g]], max(agreement))
+            end = [*above, 21][g + 1] - 1
+            said = f"set by level {i + 1} at step {t}, held to {max(end, t)}"
+            assert part["goal"][2][g] == said
+            h = symexp(learner.standardiser.inverse(G))
+            decoded = rgb(decode_down(level.decoders, lived.latent.z[k[g]], h))
+            close(picture(data["sheets"][f"goal{i}"], g), decoded, ROUNDING)
+        for r, s in enumerate(lived.thoughts.state):
+            own = learner.subactor.autoencoder.encode(jnp.asarray(s)).argmax(-1)
+            assert code_of(data["sheets"][f"own{i}"], r).tolist() == own.tolist()
+            same = int((own == lived.steps.goal[r]).sum())
+            now = lived.thoughts.rewards["subgoal"][r]
+            assert part["own"][2][r] == f"{same} of {len(own)}, r_g {now:.3g}"
+    assert data["levels"][2]["figures"]["goal"][1:] == [
+        {"seen": []},
+        ["blank: nobody sets a goal for level 2"],
+    ]
+
+
+def test_codes_are_squares_and_what_was_chosen_is_framed(made):
+    """Black 0 to white 1, an orange frame round what was chosen for the level below."""
+    _, _, data, levels = made
+    inner = lambda seen: seen[3 :: view.SQUARE, 3 :: view.SQUARE]
+    frame = lambda seen: seen[:: view.SQUARE, :: view.SQUARE]
+    for i, level in enumerate(levels):
+        for r, z in enumerate(level.lived.latent.z):
+            shown = picture(data["sheets"][f"z{i}"], r)
+            close(inner(shown), np.repeat(np.asarray(z)[..., None], 3, -1))
+            close(frame(shown), np.broadcast_to(view.GREY, (*z.shape, 3)) / 255)
+        for r, policy in enumerate(level.lived.thoughts.policy) if i else ():
+            shown = picture(data["sheets"][f"policy{i}"], r)
+            close(inner(shown), np.repeat(policy[..., None], 3, -1), 0.5 / 255 + 1e-3)
+            orange = (frame(shown) == np.array(view.ORANGE) / 255).all(-1)
+            below = levels[i - 1].lived
+            goal = below.steps.goal[below.at.tolist().index(level.lived.at[r])]
+            over = level.lived.at[r] == 20
+            assert orange.sum(-1).tolist() == [0 if over else 1] * len(goal)
+            assert over or orange.argmax(-1).tolist() == goal.tolist()
+
+
+def test_curves_are_drawn_to_scale_and_broken_where_a_number_is_missing(made):
+    levels = made[3][:2]
+    y = np.array([1.0, 2.0, np.nan, -2.0, *[0.0] * 17])
+    numbers = [{"surprise": y}, {"surprise": np.arange(11.0) - 2}]
+    html = view.curve("surprise", levels, numbers)
+    paths = dict(re.findall(r'<path class="(l\d[ \w]*?) *" d="(\S.*?)"', html))
+    # From 8 at the top to -2 at the bottom.
+    assert paths["l0"].startswith("M0 70L1 60M3 100L4 80L5 80")
+    assert paths["l1"].startswith("M0 100L2 90L4 80")
+    assert paths["l1 dots"].startswith("M0 100h0M2 90h0")
+    assert re.findall(r"<span>([^<]+)</span>", html) == ["8", "3", "-2"]
+    assert 'viewBox="0 0 20 100"' in html
+    assert view.CURVES["surprise"] in html
+    faint = {"extrinsic reward": y, "predicted extrinsic reward": y}
+    assert 'class="l0 faint"' in view.curve("extrinsic reward", levels, [faint, {}])
+
+
+def test_the_page_says_the_numbers_of_every_level(made):
+    _, _, data, levels = made
+    for level, part in zip(levels, data["levels"], strict=True):
+        thoughts, numbers = level.lived.thoughts, part["numbers"]
+        close(numbers["surprise"], thoughts.surprise)
+        for name, reward in thoughts.rewards.items():
+            close(numbers[f"{name} reward"], reward)
+        for name, value in thoughts.values.items():
+            close(numbers[f"{name} value"], value)
+        heads = level.learners[-1].subactor.world_model.heads
+        latent = jax.tree.map(lambda x: jnp.asarray(x[1]), level.lived.latent)
+        found = numbers["predicted extrinsic reward"][1], numbers["continuation"][1]
+        close(found, heads.outlook(latent)[:2])
+    policy = levels[0].lived.thoughts.policy[:, 0]
+    close(np.array(data["policy"]) / 100, policy, 0.006)
+    assert data["chosen"] == [*levels[0].chosen[:-1, 0], -1]
 
 
 def test_branches_are_the_sequences_that_lead_to_them(made):
     _, _, data, levels = made
     part, level, A = data["branches"], levels[0], len(data["actions"])
-    keys = jax.random.split(jax.random.key(0), len(part["rows"]))
+    trees, sheet = part["trees"], data["sheets"]["branches"]
+    keys = jax.random.split(jax.random.key(0), len(trees))
     assert part["depth"] > 1
     for w, path in ((0, (0,)), (1, (A - 1, 1)), (4, (1,) * part["depth"])):
         node = 0
@@ -241,43 +323,58 @@ def test_branches_are_the_sequences_that_lead_to_them(made):
             node = A * node + 1 + a
         rest = [[0]] * part["repeat"] * (part["depth"] - len(path))
         plan = [[a] for a in path for _ in range(part["repeat"])]
-        start = begin(level, part["rows"][w])
-        found = roll(level.learner.subactor, *start, plan + rest, keys[w])[: len(plan)]
-        close(part["total"][w][node], sum(x[1] for x in found))
-        close(part["cont"][w][node], np.prod([x[2] for x in found]))
-        shown = picture(part["pictures"], w * part["pictures"]["per"] + node)
-        heads = level.learner.subactor.world_model.heads
+        start = begin(level, trees[w]["at"])
+        found = roll(level.learners[-1].subactor, *start, plan + rest, keys[w])[
+            : len(plan)
+        ]
+        close(trees[w]["total"][node], sum(x[1] for x in found))
+        close(trees[w]["reward"][node], sum(x[1] for x in found[-part["repeat"] :]))
+        close(trees[w]["cont"][node], np.prod([x[2] for x in found]))
+        shown = picture(sheet, trees[w]["first"] + node)
+        heads = level.learners[-1].subactor.world_model.heads
         close(shown, seen(heads, found[-1][0].z, found[-1][0].h), ROUNDING)
 
 
 def test_thinning_keeps_every_second_start_until_it_fits(made):
-    _, _, data, _ = made
-    levels = json.loads(json.dumps(data["levels"]))
-    size = lambda: sum(len(s) for x in levels for s in x["imagined"]["pictures"]["src"])
-    room = size() // 3
-    view.thin(levels, room)
-    assert size() <= room
-    for old, new in zip(data["levels"], levels, strict=True):
-        old, new = old["imagined"], new["imagined"]
-        skip = new["every"] // old["every"]
-        assert skip > 1
-        for name in ("rows", "action", "reward", "cont"):
-            assert new[name] == old[name][::skip]
-        assert new["pictures"]["src"] == old["pictures"]["src"][::skip]
-    view.thin(levels, 0)  # one start is always kept
-    assert {len(x["imagined"]["rows"]) for x in levels} == {1}
+    """A level with more starts goes first; what is kept stays where it was."""
+    data = json.loads(json.dumps(made[2]))
+    parts = [x["imagined"] for x in data["levels"]]
+    sheets = [data["sheets"][f"imagined{i}"] for i in range(3)]
+    size = lambda: sum(len(s) for x in sheets for s in x["src"])
+    assert [len(x["at"]) for x in parts] == [10, 5, 3]
+    view.thin(parts, sheets, size() - 1)
+    assert [len(x["at"]) for x in parts] == [5, 5, 3]
+    assert sheets[1:] == [made[2]["sheets"][f"imagined{i}"] for i in (1, 2)]
+    old, new = made[2]["levels"][0]["imagined"], parts[0]
+    assert new["at"] == old["at"][::2]
+    for before, after in zip(old["strips"], new["strips"], strict=True):
+        assert after["cells"] == before["cells"][::2]
+        assert after["said"] == before["said"][::2]
+    kept, all_ = sheets[0]["src"], made[2]["sheets"]["imagined0"]["src"]
+    assert kept[::2] == all_[::2]
+    assert set(kept[1::2]) == {""}
+    view.thin(parts, sheets, size() // 2)
+    assert size() > 0
+    view.thin(parts, sheets, 0)  # one start is always kept
+    assert [len(x["at"]) for x in parts] == [1, 1, 1]
+    assert all(x["src"][0] for x in sheets)
 
 
-def test_a_flat_agent_has_no_goals():
+def flat_page(steps):
     config = replace(CONFIG, levels=1)
     env = make_env(config, 0)
     shape, actions = env.observation_space.shape, int(env.action_space.n)
     learners = scatter(init_learners(config, shape, actions, key=jax.random.key(0)))
-    text = view.page(config, learners, let_play(config, learners, 1), False)
-    (level,) = read(text)["levels"]
-    assert level["goals"] is None
-    assert read(text)["branches"] is None
-    assert not read(text)["ended"]
+    return view.page(config, learners, let_play(config, learners, steps), False)
+
+
+def test_a_flat_agent_has_no_goals():
+    data = read(flat_page(2))
+    (level,) = data["levels"]
+    assert level["figures"]["goal"][2] == ["blank: nobody sets a goal for level 0"]
+    assert "closest" not in level["figures"]
+    assert data["branches"] is None
+    assert data["chosen"][-1] >= 0  # the episode has not ended
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -305,19 +402,30 @@ def browser():
 
 
 @pytest.fixture
-def tab(browser, made):
-    """The page in a fresh tab; afterwards: no error, nothing fetched."""
-    path, _, _, _ = made
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    tab, complaints = context.new_page(), []
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
+def visit(browser):
+    """Opens pages in fresh tabs; afterwards: no error, nothing fetched."""
+    context, complaints = (
+        browser.new_context(viewport={"width": 1200, "height": 900}),
+        [],
+    )
     far = lambda request: not request.url.startswith(("file:", "data:", "about:"))
-    tab.on("request", lambda r: far(r) and complaints.append(r.url))
-    tab.goto(path.as_uri())
-    yield tab
+
+    def opened(path):
+        tab = context.new_page()
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("request", lambda r: far(r) and complaints.append(r.url))
+        tab.goto(path.as_uri())
+        return tab
+
+    yield opened
     context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def tab(visit, made):
+    return visit(made[0])
 
 
 def settle(tab):
@@ -374,68 +482,153 @@ def test_keys_and_mouse_scrub(tab):
     assert step(tab) == 10
     press("Shift+ArrowLeft")  # not the slider's own step, though it has the focus
     assert step(tab) == 0
-    curve = tab.locator("#curves svg[role=img]").first
+    curve = tab.locator("#curves svg").first
     curve.scroll_into_view_if_needed()
     box = curve.bounding_box()
-    tab.mouse.move(box["x"] + 46, box["y"] + 50)
+    tab.mouse.move(box["x"] + 2, box["y"] + 50)
     tab.mouse.down()
     assert step(tab) == 0
-    tab.mouse.move(box["x"] + box["width"] - 16, box["y"] + 50, steps=3)
+    tab.mouse.move(box["x"] + box["width"] - 2, box["y"] + 50, steps=3)
     tab.mouse.up()
     assert step(tab) == 20
-    tab.mouse.move(box["x"] + 46, box["y"] + 50)
+    tab.mouse.move(box["x"] + 2, box["y"] + 50)
     assert step(tab) == 20
+
+
+def test_buttons_do_what_keys_do(tab):
+    named = lambda name: tab.get_by_role("button", name=name, exact=True)
+    tab.keyboard.press("1")
+    named("acts ▸").click()
+    assert step(tab) == 2
+    named("◂ acts").click()
+    assert step(tab) == 0
+    named("▶ play").click()
+    assert tab.get_attribute("#status", "aria-live") == "off"
+    tab.wait_for_function("t > 1")
+    named("❚❚ pause").press(" ")  # the button's own click, not a second one
+    at = step(tab)
+    tab.wait_for_timeout(300)
+    assert step(tab) == at < 20
+    tab.evaluate("document.activeElement.blur()")
+    tab.keyboard.press(" ")
+    tab.wait_for_function("t === last && timer === undefined")
+    assert "the episode ends" in tab.text_content("#status")
+
+
+def test_curves_have_a_cursor_ticks_and_the_numbers_of_this_step(tab, made):
+    data = made[2]
+    tab.evaluate("go(7)")
+    tab.keyboard.press("1")
+    settle(tab)
+    boxes = tab.evaluate("""() => [...document.querySelectorAll(".wide")].map((x) => {
+        const line = x.querySelector("i").getBoundingClientRect();
+        const all = x.getBoundingClientRect();
+        return [(line.left - all.left) / all.width, all.width];
+    })""")
+    assert len(boxes) == 8
+    close([at for at, _ in boxes], [7 / 20] * 8, 0.01)
+    for i, at in ((0, 7), (1, 6), (2, 4)):
+        numbers, row = data["levels"][i]["numbers"], data["levels"][i]["at"].index(at)
+        said = tab.text_content(f"[data-name='surprise'][data-of='{i}']")
+        assert said.startswith(f"level {i} at {at}: ")
+        value = float(said.split(": ")[1].replace("−", "-"))
+        close(value, numbers["surprise"][row], 0.01 * abs(value) + 1e-6)
+    ticks = "[...document.querySelectorAll('.x span')].map((x) => x.textContent)"
+    assert tab.evaluate(ticks)[:5] == ["0", "5", "10", "15", "20"]
+    tab.evaluate("document.querySelector('#span').options[0].value = 8; later()")
+    settle(tab)
+    assert tab.evaluate(ticks)[:5] == ["3", "5", "7", "9", "11"]
+    wide = "document.querySelector('.wide').getBoundingClientRect().width"
+    close(tab.evaluate(wide), boxes[0][1] * 20 / 8, 1)
+    weight = "getComputedStyle(document.querySelector('path.l{}')).strokeWidth"
+    assert [tab.evaluate(weight.format(i)) for i in (0, 1)] == ["1px", "2px"]
 
 
 def test_pictures_on_the_screen_are_those_of_the_data(tab, made):
     data = made[2]
+    sheets, part = data["sheets"], data["levels"][0]["imagined"]
     tab.evaluate("go(7)")
     settle(tab)
-    same = lambda name, sheet, i: close(
-        pixels(tab, name)[..., :3], picture(data["levels"][0][sheet], i), 0.01
+    same = lambda figure, sheet, i: close(
+        pixels(tab, f"#{figure} canvas")[..., :3], picture(sheets[sheet], i), 0.01
     )
-    close(pixels(tab, "#seen")[..., :3], picture(data["seen"], 7), 0.01)
-    same("#decoded", "decoded", 7)
-    error = abs(picture(data["seen"], 7) - picture(data["levels"][0]["decoded"], 7))
-    close(pixels(tab, "#error")[..., :3], error, 0.02)
-    part = data["levels"][0]["imagined"]
-    w, F, n = 7 // part["every"], part["steps"], data["seen"]["w"]
-    assert f"at step {part['rows'][w]}:" in tab.text_content("#dream-text")
-    strips = tab.locator("#strip canvas")
-    assert strips.count() == 3 + len(data["actions"])
-    first, fixed = w * part["pictures"]["per"], part["ahead"].index(8)
-    for canvas, i in (
-        (1, 8 - 1),  # as played, 8 steps on
-        (2, F + 8 - 1),  # the actor
-        (4, 2 * F + len(part["ahead"]) + fixed),  # always action 1
-    ):
-        shown = pixels(tab, f"#strip canvas:nth-child({3 * canvas + 2})")
-        cell = shown[:, 8 * n : 9 * n, :3]
-        close(cell, picture(part["pictures"], first + i), 0.01)
-    truth = pixels(tab, "#strip canvas:nth-child(2)")
-    end = 20 - part["rows"][w]  # after the last step there is no truth
-    close(truth[:, end * n : (end + 1) * n, :3], picture(data["seen"], 20), 0.01)
-    assert truth[:, (end + 1) * n :].max() == 0
+    same("seen", "seen", 7)
+    same("decoded", "decoded0", 7)
+    same("goal", "goal0", 3)
+    same("z", "z0", 7)
+    same("own", "own0", 7)
+    same("code", "code0", 3)
+    error = abs(picture(sheets["seen"], 7) - picture(sheets["decoded0"], 7))
+    close(pixels(tab, "#error canvas")[..., :3], error, 0.02)
+    bars = tab.locator("#policy0 li").all_text_contents()
+    marks = [" ◂ chosen" * (a == data["chosen"][7]) for a in range(len(bars))]
+    names = zip(data["actions"], data["policy"][7], marks, strict=True)
+    assert bars == [f"{name} {p} %{mark}" for name, p, mark in names]
+    w, n = part["at"].index(6), sheets["seen"]["w"]
+    assert "at step 6, 1 agent steps per column" in tab.text_content("#from")
+    assert tab.locator("#strips canvas").count() == 3 + len(data["actions"])
+    for c, strip in enumerate(part["strips"]):
+        shown = pixels(tab, f"#strips figure:nth-of-type({c + 1}) canvas")
+        for k, cell in enumerate(strip["cells"][w]):
+            found = shown[:, k * n : (k + 1) * n]
+            if cell < 0:
+                assert found.max() == 0
+            else:
+                close(found[..., :3], picture(sheets[strip["sheet"]], cell), 0.01)
+        said = tab.text_content(f"#strips figure:nth-of-type({c + 1}) figcaption")
+        assert said == strip["said"][w][1]
+    mark = tab.locator("#mark").bounding_box()
+    canvas = tab.locator("#strips canvas").first.bounding_box()
+    close(mark["x"] - canvas["x"], canvas["width"] / 17, 2)
+    close(mark["width"], canvas["width"] / 17, 4)
+    ticks = tab.locator("#strips small").all_text_contents()
+    assert ticks == ["+0", "+4", "+8", "+12", "+16"]
 
 
 def test_levels_switch_and_blanks_are_said(tab, made):
     data = made[2]
+    label = lambda figure: tab.get_attribute(f"#{figure} canvas", "aria-label")
     tab.evaluate("go(3)")
     tab.get_by_role("button", name="level 1").click()
     settle(tab)
     assert tab.get_attribute("#levels button >> nth=1", "aria-pressed") == "true"
-    assert pixels(tab, "#decoded").max() == 0
-    assert "blank: level 1 acts every 2 steps" in tab.get_attribute(
-        "#decoded", "aria-label"
-    )
+    assert pixels(tab, "#decoded canvas").max() == 0
+    assert "blank: level 1 acts every 2 steps" in label("decoded")
     tab.keyboard.press("ArrowRight")
     settle(tab)
-    shown = picture(data["levels"][1]["decoded"], 2)
-    close(pixels(tab, "#decoded")[..., :3], shown, 0.01)
-    assert "set by level 2 at step 4" in tab.get_attribute("#goal", "aria-label")
+    shown = picture(data["sheets"]["decoded1"], 2)
+    close(pixels(tab, "#decoded canvas")[..., :3], shown, 0.01)
+    policy = picture(data["sheets"]["policy1"], 2)
+    close(pixels(tab, "#policy canvas")[..., :3], policy, 0.01)
+    assert "set by level 2 at step 4" in label("goal")
+    ticks = tab.locator("#strips small").all_text_contents()
+    assert ticks == ["+0", "+8", "+16", "+24", "+32"]
+    assert tab.locator("#strips canvas:visible").count() == 3
     tab.keyboard.press("2")
     settle(tab)
-    assert "nobody sets a goal" in tab.get_attribute("#goal", "aria-label")
+    assert "nobody sets a goal for level 2" in label("goal")
+    assert not tab.locator("#closest").is_visible()
+
+
+def test_a_flat_agent_in_the_browser(visit, tmp_path):
+    """One level, no goals, no branches; and an episode of a single step."""
+    for steps in (9, 1):
+        path = tmp_path / f"{steps}.html"
+        path.write_text(flat_page(steps))
+        tab = visit(path)
+        tab.keyboard.press("ArrowRight")
+        tab.keyboard.press("1")  # there is no such level
+        assert step(tab) == min(1, steps - 1)
+        assert tab.locator("#levels button").count() == 1
+        assert not tab.locator("#human").is_visible()
+        label = tab.get_attribute("#goal canvas", "aria-label")
+        assert "nobody sets a goal for level 0" in label
+        data = read(path.read_text())
+        seen = picture(data["sheets"]["seen"], min(1, steps - 1))
+        close(pixels(tab, "#seen canvas")[..., :3], seen, 0.01)
+        names = [x.split("\n")[0] for x in tab.locator("h3").all_text_contents()]
+        assert names == [x for x in view.CURVES if x in data["levels"][0]["numbers"]]
+        assert "subgoal reward" not in names
 
 
 def test_a_human_plays_in_imagination(tab, made):
@@ -447,28 +640,45 @@ def test_a_human_plays_in_imagination(tab, made):
     tab.keyboard.press("b")
     settle(tab)
     first, second = 1 + 2, A * 3 + 1 + 1
-    per, w = part["pictures"]["per"], part["pictures"]["w"]
-    shown = pixels(tab, "#path")[..., :3]
+    tree, sheet = part["trees"][1], data["sheets"]["branches"]
+    shown, w = pixels(tab, "#path canvas")[..., :3], sheet["w"]
     for i, node in enumerate((0, first, second)):
-        close(
-            shown[:, i * w : (i + 1) * w], picture(part["pictures"], per + node), 0.01
-        )
+        found = picture(sheet, tree["first"] + node)
+        close(shown[:, i * w : (i + 1) * w], found, 0.01)
+    assert shown[:, 3 * w :].max() == 0
     while button.first.is_enabled():
         button.first.click()
         settle(tab)
     log = json.loads(tab.input_value("#json"))["choices"]
     assert [x["action"] for x in log[:2]] == [data["actions"][2], data["actions"][1]]
     assert len(log) == part["depth"]
-    assert {x["start"] for x in log} == {part["at"][1]}
-    close(log[1]["reward"], part["total"][1][second] - part["total"][1][first])
-    close(log[1]["total"], part["total"][1][second])
-    tab.click("#undo")
+    assert {x["start"] for x in log} == {tree["at"]}
+    close(log[1]["reward"], tree["total"][second] - tree["total"][first], 2e-3)
+    close(log[1]["total"], tree["total"][second])
+    cells = tab.locator("#log tr >> nth=1 >> td").all_text_contents()
+    assert cells == [str(tree["at"]), *map(str, list(log[1].values())[1:])]
+    tab.keyboard.press("Backspace")
     tab.click("#again")
+    assert tab.locator("#undo").is_disabled()
     assert len(json.loads(tab.input_value("#json"))["choices"]) == part["depth"] - 1
+    tab.context.grant_permissions(["clipboard-read"])
+    tab.click("#copy")
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied == tab.input_value("#json")
     with tab.expect_download() as download:
         tab.click("#save")
     kept = json.loads(download.value.path().read_text())
     assert kept == json.loads(tab.input_value("#json"))
+
+
+def test_letters_choose_only_where_actions_are_chosen(tab):
+    tab.keyboard.press("a")
+    settle(tab)
+    assert json.loads(tab.input_value("#json"))["choices"] == []
+    tab.focus("#again")
+    tab.keyboard.press("a")
+    settle(tab)
+    assert len(json.loads(tab.input_value("#json"))["choices"]) == 1
 
 
 def test_the_keyboard_reaches_everything_in_order(tab):
@@ -481,10 +691,16 @@ def test_the_keyboard_reaches_everything_in_order(tab):
             )
         )
     levels = ["level 0", "level 1", "level 2"]
-    assert order == ["run", "step", *levels, "before", "after", "span"]
+    assert order == ["run", "step", *levels, "◂ acts", "acts ▸", "span"]
+    settle(tab)
     unnamed = "canvas, [role=img], input, select, textarea"
-    unnamed = ", ".join(f"{x}:not([aria-label], label *)" for x in unnamed.split(", "))
-    assert tab.locator(unnamed).count() == 1  # the screen, which echo does not have
+    named = ":not([aria-label], [aria-labelledby], label *, [hidden] *)"
+    unnamed = ", ".join(x + named for x in unnamed.split(", "))
+    assert tab.locator(unnamed).count() == 0
+    for name in view.CURVES:
+        text = tab.locator(f'[id="curve-{name}"]').text_content()
+        assert name in text
+        assert view.CURVES[name] in text
 
 
 @pytest.mark.parametrize("width", [380, 1200])
