@@ -237,14 +237,14 @@ MINATAR = replace(
     model=ModelConfig(
         z_categoricals=8,
         z_classes=8,
-        features=64,
+        features=128,
         layers=4,
-        states=16,
+        states=32,
         blocks=1,
         width=64,
         channels=(),
         strides=(),
-        vector_width=64,
+        vector_width=256,
         code_encoder_width=64,
         code_decoder_width=64,
     ),
@@ -264,7 +264,8 @@ PROBE = replace(
     steps=10_000,
     eval_episodes=100,
     log_every=250,
-    trainer=replace(MINATAR.trainer, horizon=10, free_nats=0.1),
+    model=replace(MINATAR.model, features=64, states=16, vector_width=64),
+    trainer=replace(MINATAR.trainer, horizon=10, free_nats=0.1, world_model_lr=1e-3),
 )
 
 TINY = replace(
