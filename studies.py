@@ -47,14 +47,14 @@ MODELS = {"S5": "--levels 1", "RSSM": "--levels 1 --world-model rssm"}
 SMALL = {
     "Breakout": "--game minatar/breakout --steps 10000",
     "Space Invaders": "--game minatar/space_invaders --steps 10000",
-    "catch": "--game catch",
-    "recall": "--game recall",
+    "catch": "--game catch --steps 6000",
+    "recall": "--game recall --steps 15000 --updates-per-step 1",
 }
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 STUDIES = {
-    "catch": Study({"catch": "--game catch"}, LEVELS),
+    "catch": Study({"catch": SMALL["catch"]}, LEVELS),
     "recall": Study(
-        {f"D = {D}": f"--game recall --env.delay {D}" for D in (10, 30, 100, 300)},
+        {f"D = {D}": f"{SMALL['recall']} --env.delay {D}" for D in (10, 30, 100, 300)},
         MODELS,
     ),
     "carry": Study(
