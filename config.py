@@ -40,7 +40,7 @@ class EnvConfig:
     """Upper bound, exclusive, of random no-op frames at reset (official:
     env.atari.noops)."""
     delay: Count = 10
-    """D, blank steps between cue and choice; only for --game recall."""
+    """D, blank steps between the cue and what it decides; for games recall and cue."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Config:
     """HIEROS on one game, to the end of its preset."""
 
     game: str = "Pong"
-    """One of the 26 Atari100k games, a probe (catch, recall, pinpad, echo), or
+    """One of the 26 Atari100k games, a probe (catch, recall, pinpad, cue, echo), or
     minatar/NAME."""
     preset: Literal["atari100k", "cpu", "minatar", "probe", "tiny"] = "atari100k"
     """Named settings; other flags change them. Default: atari100k where JAX finds an

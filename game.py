@@ -55,7 +55,8 @@ def find_env(config: Config, seed: int) -> gymnasium.Env:
         except ImportError as error:
             raise UsageError(f"--game {config.game}: {error}") from None
     if config.game in probes.PROBES:
-        options = {"delay": config.env.delay} if config.game == "recall" else {}
+        has_delay = config.game in ("recall", "cue")
+        options = {"delay": config.env.delay} if has_delay else {}
         return probes.make(config.game, seed=seed, **options)
     env = config.env
     return atari.make(

@@ -10,6 +10,7 @@ name               what it asks for                          steps  uniform  bes
 catch              control over a short horizon              9       -0.6    1
 recall             a cue remembered over D = `delay` blanks  D + 2    0      1
 pinpad             pads in order, sparse reward              100      0.044  7.300
+cue                nothing: the reward is the cue, ±1        D + 2    0      0
 echo               nothing: o_t shows a_{t-1}                20      10     20
 probe-value        the value of a constant                   1        1      1
 probe-observation  a value that depends on the picture       1        0      0
@@ -169,6 +170,7 @@ PROBES: dict[str, Rules] = {
     "catch": Catch(),
     "recall": Recall(),
     "pinpad": PinPad(),
+    "cue": Recall(rewards=((1.0, 1.0), (-1.0, -1.0))),
     "echo": Echo(),
     "probe-value": Recall(delay=-1, rewards=((1.0,),), actions=1),
     "probe-observation": Recall(delay=-1, rewards=((-1.0,), (1.0,)), actions=1),
@@ -179,6 +181,7 @@ PROBES: dict[str, Rules] = {
 BOUNDS = {  # (least, greatest) value of each option; the five `probe-` have none
     "catch": {"rows": (2, 64), "columns": (1, 64)},
     "recall": {"delay": (0, 10**6)},
+    "cue": {"delay": (0, 10**6)},
     "pinpad": {"size": (4, 64), "pads": (2, 4), "limit": (1, 10**6)},
     "echo": {"actions": (2, 64), "limit": (1, 10**6)},
 }

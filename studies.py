@@ -27,16 +27,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
+from memory import MEASURES
+
 ROOT = Path(__file__).parent
 RUNS = Path("runs/studies")
 
 
 class Study(NamedTuple):
-    """Flags of train.py by task and by arm, and the metrics that are to be drawn."""
+    """Flags of train.py by task and by arm; what is measured; losses to be drawn.
+
+    `measure` is the evaluation score or one of memory.py.
+    """
 
     tasks: dict[str, str]
     arms: dict[str, str]
     losses: tuple[str, ...] = ()
+    measure: str = "eval score"
 
     def flags(self, task: str, arm: str) -> str:
         return f"{self.tasks[task]} {self.arms[arm]}"
@@ -50,6 +56,7 @@ SMALL = {
     "catch": "--game catch --steps 6000",
     "recall": "--game recall --steps 15000 --updates-per-step 1",
 }
+CUE = "--game cue --steps 6000 --updates-per-step 1 --eval-episodes 1"
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 STUDIES = {
     "catch": Study({"catch": SMALL["catch"]}, LEVELS),
@@ -58,8 +65,14 @@ STUDIES = {
         MODELS,
     ),
     "carry": Study(
-        {"T = 8, D = 16": "--game recall --levels 1 --length 8 --env.delay 16"},
+        {"T = 8, D = 16": f"{CUE} --levels 1 --length 8 --env.delay 16"},
         {"stored": "--carry stored", "zero": "--carry zero"},
+        measure="rewards foreseen",
+    ),
+    "memory": Study(
+        {f"T = 32, D = {D}": f"{CUE} --env.delay {D}" for D in (10, 100)},
+        MODELS,
+        measure="cue read from the state",
     ),
     "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
     "minatar": Study({game: f"--game minatar/{game}" for game in GAMES}, LEVELS),
@@ -145,7 +158,7 @@ def binned(steps: list[int], values: list[float], total: int) -> list[float | No
     return [float(part.mean()) if len(part) else None for part in parts]
 
 
-def read_run(flags: str, seed: int, losses: tuple[str, ...]) -> dict | None:
+def read_run(study: Study, flags: str, seed: int) -> dict | None:
     """What is kept of one run; None if it is not finished."""
     folder = folder_of(flags, seed)
     if not (folder / "result.json").exists():
@@ -160,12 +173,15 @@ def read_run(flags: str, seed: int, losses: tuple[str, ...]) -> dict | None:
 
     log = Path(f"{folder}.log").read_text(errors="replace").splitlines()
     commits = [x.split()[1] for x in log if x.startswith("commit ")]
-    kept = {key: result[key] for key in KEPT} | {
-        "commits": list(dict.fromkeys(commits))
-    }
-    return kept | {
+    if study.measure == "eval score":
+        measured = result["eval_score"]
+    else:
+        measured = MEASURES[study.measure](folder)
+    return {key: result[key] for key in KEPT} | {
+        "measured": measured,
+        "commits": list(dict.fromkeys(commits)),
         "curve": curve("episode_return"),
-        "losses": {name: curve(f"level0/{name}") for name in losses},
+        "losses": {name: curve(f"level0/{name}") for name in study.losses},
     }
 
 
@@ -202,8 +218,8 @@ def draw_curves(axes: Axes, curves: dict[str, list], steps: int, ylabel: str) ->
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_intervals(axes: Axes, scores: dict[str, list[float]]) -> None:
-    """Evaluation scores per arm: mean, 95 % interval, every seed as a dot."""
+def draw_intervals(axes: Axes, scores: dict[str, list[float]], xlabel: str) -> None:
+    """What was measured per arm: mean, 95 % interval, every seed as a dot."""
     for row, values in enumerate(scores.values()):
         if values:
             mean, low, high = interval(values)
@@ -211,7 +227,7 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]]) -> None:
             axes.plot(mean, row, "o", color=COLOURS[0])
             axes.plot(values, [row] * len(values), ".", color="#999999", markersize=3)
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.set_xlabel("eval score")
+    axes.set_xlabel(xlabel)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -219,7 +235,8 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]]) -> None:
 def draw(found: dict, path: Path) -> None:
     """A column per task: losses, learning curves, or intervals of many arms."""
     tasks, losses = found["tasks"], found["losses"]
-    many = max(map(len, tasks.values())) > len(COLOURS)
+    measure = found["measure"]
+    many = measure != "eval score" or max(map(len, tasks.values())) > len(COLOURS)
     rows, n = max(1, len(losses)), len(tasks)
     width, height = (3.2 if n > 1 else 6.4), (3.6 if many else 2.4 if n > 1 else 3.6)
     figure = Figure(figsize=(width * n + 1.5 * many, height * rows))
@@ -234,8 +251,8 @@ def draw(found: dict, path: Path) -> None:
             draw_curves(axes, curves, steps, name.replace("_", " ") + " in nats")
             axes.set_yscale("log")
         if many:
-            scores = {arm: [x["eval_score"] for x in xs] for arm, xs in runs.items()}
-            draw_intervals(column[0], scores)
+            scores = {arm: [x["measured"] for x in xs] for arm, xs in runs.items()}
+            draw_intervals(column[0], scores, measure)
         elif not losses:
             curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
             draw_curves(column[0], curves, steps, "return of training episodes")
@@ -246,17 +263,18 @@ def draw(found: dict, path: Path) -> None:
 
 def table(found: dict) -> str:
     """Evaluation scores as Markdown, every seed shown, missing seeds too."""
+    measure = f"{found['measure']}, mean [95 %]"
     rows = [
-        "| task | arm | eval score, mean [95 %] | each seed | minutes per run |",
+        f"| task | arm | {measure} | each seed | minutes per run |",
         "|---|---|---|---|---|",
     ]
     for task, arm, runs in cells(found):
         missing = found["seeds_asked"] - len(runs)
-        each = " ".join(f"{run['eval_score']:.2f}" for run in runs)
+        each = " ".join(f"{run['measured']:.2f}" for run in runs)
         each += f" ({missing} missing)" if missing else ""
         score, minutes = "", ""
         if runs:
-            mean, low, high = interval([run["eval_score"] for run in runs])
+            mean, low, high = interval([run["measured"] for run in runs])
             score = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
             minutes = f"{np.median([run['wall_seconds'] for run in runs]) / 60:.1f}"
         rows.append(f"| {task} | {arm} | {score} | {each} | {minutes} |")
@@ -269,7 +287,7 @@ def header(found: dict) -> dict[str, Any]:
     phrases = []
     for task, arm, runs in cells(found):
         if runs:
-            mean, low, high = interval([run["eval_score"] for run in runs])
+            mean, low, high = interval([run["measured"] for run in runs])
             phrases.append(f"{task}, {arm}: {mean:.2f} [{low:.2f}, {high:.2f}]")
     commits = dict.fromkeys(c for run in all_runs for c in run["commits"])
     return {
@@ -277,7 +295,7 @@ def header(found: dict) -> dict[str, Any]:
         "seeds": sorted({run["seed"] for run in all_runs}),
         "wall_seconds": [run["wall_seconds"] for run in all_runs],
         "cores": 1,
-        "summary": "eval score, mean [95 %] over seeds: " + "; ".join(phrases),
+        "summary": f"{found['measure']}, mean [95 %] over seeds: " + "; ".join(phrases),
     }
 
 
@@ -317,12 +335,13 @@ def main(
         "hardware": f"{platform.processor() or platform.machine()}, one core per run",
         "seeds_asked": seeds,
         "losses": asked.losses,
+        "measure": asked.measure,
         "tasks": {task: {} for task in asked.tasks},
     }
     for task, arms in found["tasks"].items():
         for arm in asked.arms:
             flags = asked.flags(task, arm)
-            runs = [read_run(flags, seed, asked.losses) for seed in range(seeds)]
+            runs = [read_run(asked, flags, seed) for seed in range(seeds)]
             arms[arm] = {"flags": flags, "runs": [run for run in runs if run]}
     found = header(found) | found
     out.mkdir(exist_ok=True)

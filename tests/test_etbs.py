@@ -18,9 +18,9 @@ from etbs import (
     BALANCE_TEMPERATURE,
     Replay,
     StoredCarry,
-    halved,
     etbs_cdf,
     etbs_index,
+    halved,
     load_carry,
     store_carry,
 )

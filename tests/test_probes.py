@@ -16,6 +16,7 @@ TABLE = {  # name: (expected return of uniform actions, of the best actions, ste
     "catch": (-0.6, 1, 9),
     "recall": (0, 1, 12),
     "pinpad": (0.044, 7.300, 100),
+    "cue": (0, 0, 12),
     "echo": (10, 20, 20),
     "probe-value": (1, 1, 1),
     "probe-observation": (0, 0, 1),

@@ -60,11 +60,11 @@ def test_every_arm_is_a_command_line_that_train_takes():
 
 def test_numbers_of_a_run_by_hand(runs):
     finish("--game catch", 2, 0.5, returns=(1.0, 3.0, 5.0), losses=(0.25,))
-    found = studies.read_run("--game catch", 2, ("kl",))
-    assert found["commits"] == ["abc"] and found["eval_score"] == 0.5
+    found = studies.read_run(Study({}, {}, ("kl",)), "--game catch", 2)
+    assert found["commits"] == ["abc"] and found["measured"] == 0.5
     assert found["curve"][:4] == [1.0, 3.0, 5.0, None]
     assert found["losses"]["kl"][19] == 0.25 and found["losses"]["kl"].count(None) == 39
-    assert studies.read_run("--game catch", 0, ()) is None
+    assert studies.read_run(Study({}, {}), "--game catch", 0) is None
 
 
 def test_interval_of_known_values():
@@ -102,7 +102,7 @@ def test_figures_say_their_numbers():
     assert len(x) == 39 and (x[0], x[1]) == (5.0, 25.0)
     assert (y[0], y[1]) == (1.0, 2.0) and axes.get_ylabel() == "return"
     axes = Figure().subplots()
-    studies.draw_intervals(axes, {"a": [1.0, 3.0], "none": []})
+    studies.draw_intervals(axes, {"a": [1.0, 3.0], "none": []}, "score")
     points = axes.get_lines()[1].get_xdata()
     assert np.allclose(points, 2.0)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "none"]
