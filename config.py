@@ -265,7 +265,13 @@ PROBE = replace(
     eval_episodes=100,
     log_every=250,
     model=replace(MINATAR.model, features=64, states=16, vector_width=64),
-    trainer=replace(MINATAR.trainer, horizon=10, free_nats=0.1, world_model_lr=1e-3),
+    trainer=replace(
+        MINATAR.trainer,
+        horizon=10,
+        free_nats=0.1,
+        world_model_lr=1e-3,
+        actor_critic_lr=3e-4,
+    ),
 )
 
 TINY = replace(
