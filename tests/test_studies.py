@@ -1,12 +1,14 @@
 """Studies: runs shared by flags, tables and figures by hand, missing seeds shown."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import memory
 import studies
 from studies import STUDIES, Study
 
@@ -132,3 +134,27 @@ def test_an_unknown_study_is_one_line(capsys):
     assert studies.main("nothing") == 2
     error = capsys.readouterr().err
     assert "choose catch" in error and error.count("\n") == 1
+
+
+def trained(study, arm, seed, monkeypatch):
+    """Folder of a real run of a study's only task."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # conftest's: slow programs
+    (task,) = STUDIES[study].tasks
+    flags = STUDIES[study].flags(task, arm)
+    studies.run_one(flags, seed, min(os.sched_getaffinity(0)))
+    return studies.folder_of(flags, seed)
+
+
+@pytest.mark.slow
+def test_two_of_three_seeds_learn_catch(runs, monkeypatch):
+    folders = [trained("catch", "1 level", seed, monkeypatch) for seed in range(3)]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert sum(result["eval_score"] >= 0.95 for result in results) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["stored", "zero"])
+def test_windows_shorter_than_the_delay_need_the_stored_carry(arm, runs, monkeypatch):
+    """Δ21: a reward that comes 17 steps after its cue, windows of 8."""
+    found = memory.foreseen(trained("carry", arm, 1, monkeypatch))
+    assert found > 0.9 if arm == "stored" else found < 0.75
