@@ -287,7 +287,7 @@ SIZES = [
     ("atari100k", (64, 64, 3), 3072, nets.ImageEncoder),
     ("cpu", (32, 32, 1), 4 * 64, nets.ImageEncoder),
     ("tiny", (16, 16, 1), 4 * 8, nets.ImageEncoder),
-    ("minatar", (10, 10, 6), 64, nets.FlatEncoder),
+    ("minatar", (10, 10, 6), 256, nets.FlatEncoder),
     ("probe", (10, 5, 1), 64, nets.FlatEncoder),
 ]
 
