@@ -73,9 +73,10 @@ class Catch:
 class Recall:
     """A cue, `delay` blank pictures, a go picture: the action taken there counts.
 
-    State (cue, t): column half `cue` lit at t = 0, the centre at t = delay + 1; then
-    `rewards[cue][action]` with a last blank picture. Other actions do nothing. With
-    delay = -1 there is no go picture: the action taken at the cue counts.
+    State (cue, t, choice): column half `cue` lit at t = 0, the centre at t = delay + 1;
+    then `rewards[cue][action]` with a last picture, column half `action` lit. Other
+    actions do nothing; choice is -1 before. With delay = -1 there is no go picture: the
+    action taken at the cue counts.
     """
 
     delay: int = 10
@@ -84,16 +85,18 @@ class Recall:
     limit = None
 
     def starts(self) -> list[State]:
-        return [(cue, 0) for cue in range(len(self.rewards))]
+        return [(cue, 0, -1) for cue in range(len(self.rewards))]
 
     def move(self, state: State, action: int) -> tuple[State, float, bool]:
-        (cue, t), over = state, state[1] == self.delay + 1
-        return (cue, t + 1), self.rewards[cue][action] if over else 0.0, over
+        (cue, t, _), over = state, state[1] == self.delay + 1
+        reward, choice = (self.rewards[cue][action], action) if over else (0.0, -1)
+        return (cue, t + 1, choice), reward, over
 
     def draw(self, state: State) -> Picture:
-        (cue, t), picture = state, np.zeros((4, 4, 1), np.uint8)
-        if t == 0:
-            picture[:, 2 * cue : 2 * cue + 2] = 255
+        (cue, t, choice), picture = state, np.zeros((4, 4, 1), np.uint8)
+        lit = cue if t == 0 else choice
+        if lit >= 0:
+            picture[:, 2 * lit : 2 * lit + 2] = 255
         elif t == self.delay + 1:
             picture[1:3, 1:3] = 255
         return picture

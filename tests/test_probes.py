@@ -170,7 +170,7 @@ def test_recall_needs_the_cue_and_nothing_else(delay, seed):
         picture, reward, *ends, _ = env.step(rng.integers(2))
         assert picture.any() and reward == 0.0 and not any(ends)
         picture, reward, *ends, _ = env.step(answer)
-        assert not picture.any() and ends == [True, False]
+        assert picture[:, 2 * answer : 2 * answer + 2].all() and ends == [True, False]
         assert reward == (1.0 if answer == cue else -1.0)
         total[answer] += reward
     assert total == {0: 0.0, 1: 0.0}  # constant answers, over both cues
