@@ -186,13 +186,24 @@ def neighbours(x: Float[Array, "h w c"]) -> Float[Array, "h1 w1 c4"]:
     return jnp.concatenate(corners, -1)
 
 
+class RowLinear(eqx.nn.Linear):
+    """Linear over the last axis of any array.
+
+    x Wᵀ instead of W x under `vmap`, for which XLA transposes every picture twice.
+    """
+
+    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape out"]:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
 class Down(eqx.Module):
     """Convolution of stride s: kernel 2s with overlap, kernel s without. (NET 8)
 
     Raises ValueError for overlap with an odd stride.
     """
 
-    linear: eqx.nn.Linear
+    linear: RowLinear
     stride: int = eqx.field(static=True)
     overlap: bool = eqx.field(static=True)
 
@@ -202,7 +213,7 @@ class Down(eqx.Module):
         if overlap and stride % 2:
             raise ValueError(f"overlap needs an even stride, not {stride}")
         patch = stride * stride * inputs * (4 if overlap else 1)
-        self.linear = eqx.nn.Linear(patch, outputs, key=key)
+        self.linear = RowLinear(patch, outputs, key=key)
         self.stride, self.overlap = stride, overlap
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h2 w2 c2"]:
@@ -212,7 +223,7 @@ class Down(eqx.Module):
             x = neighbours(space_to_depth(x, s))
         else:
             x = space_to_depth(x, s)
-        return jax.vmap(jax.vmap(self.linear))(x)  # (NET 8)
+        return self.linear(x)  # (NET 8)
 
 
 class Up(eqx.Module):
@@ -221,7 +232,7 @@ class Up(eqx.Module):
     Each output channel has one bias, shared by its s×s positions.
     """
 
-    linear: eqx.nn.Linear
+    linear: RowLinear
     bias: Float[Array, " outputs"]
     stride: int = eqx.field(static=True)
     overlap: bool = eqx.field(static=True)
@@ -231,7 +242,7 @@ class Up(eqx.Module):
     ):
         if overlap and stride % 2:
             raise ValueError(f"overlap needs an even stride, not {stride}")
-        self.linear = eqx.nn.Linear(
+        self.linear = RowLinear(
             inputs * (4 if overlap else 1),
             stride * stride * outputs,
             use_bias=False,
@@ -243,9 +254,9 @@ class Up(eqx.Module):
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h2 w2 c2"]:
         s = self.stride
         if not self.overlap:
-            return depth_to_space(jax.vmap(jax.vmap(self.linear))(x), s) + self.bias
+            return depth_to_space(self.linear(x), s) + self.bias
         x = neighbours(jnp.pad(x, ((1, 1), (1, 1), (0, 0))))
-        x = depth_to_space(jax.vmap(jax.vmap(self.linear))(x), s)  # (NET 9)
+        x = depth_to_space(self.linear(x), s)  # (NET 9)
         return x[s // 2 : -(s // 2), s // 2 : -(s // 2)] + self.bias
 
 
