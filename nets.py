@@ -52,9 +52,13 @@ def unimix_probs(logits: Float[Array, "*S K"]) -> Float[Array, "*S K"]:
 def sample_onehot(
     logits: Float[Array, "*S K"], key: PRNGKeyArray
 ) -> Float[Array, "*S K"]:
-    """One-hot sample; gradients pass straight through to the probabilities. (NET 3)"""
+    """One-hot sample; gradients pass straight through to the probabilities. (NET 3)
+
+    One random number per categorical, where Gumbel noise would take K.
+    """
     p = unimix_probs(logits)
-    k = jax.random.categorical(key, jnp.log(p))
+    u = jax.random.uniform(key, (*p.shape[:-1], 1))
+    k = jnp.sum(u >= jnp.cumsum(p[..., :-1], -1), -1)
     onehot = jax.nn.one_hot(k, p.shape[-1])
     return onehot + (p - jax.lax.stop_gradient(p))  # (NET 3)
 
@@ -123,6 +127,17 @@ def twohot_mean(logits: Float[Array, "*B 255"]) -> Float[Array, "*B"]:
     return symexp(jnp.sum(jax.nn.softmax(logits) * bins(), -1))  # (NET 7)
 
 
+class RowLinear(eqx.nn.Linear):
+    """Linear over the last axis of any array.
+
+    x Wᵀ instead of W x under `vmap`, for which XLA transposes every picture twice.
+    """
+
+    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape out"]:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
 class MLP(eqx.Module):
     """`layers` times [Linear, LN, activation], then Linear to the given outputs.
 
@@ -130,9 +145,9 @@ class MLP(eqx.Module):
     `zero_init` starts the last layer at zero: a two-hot head then says 0.
     """
 
-    hidden: tuple[eqx.nn.Linear, ...]
+    hidden: tuple[RowLinear, ...]
     norms: tuple[eqx.nn.LayerNorm, ...]
-    last: eqx.nn.Linear | None
+    last: RowLinear | None
     activation: Callable = eqx.field(static=True)
 
     def __init__(
@@ -149,13 +164,13 @@ class MLP(eqx.Module):
         *keys, last_key = jax.random.split(key, layers + 1)
         sizes = [inputs] + [width] * layers
         self.hidden = tuple(
-            eqx.nn.Linear(n, width, use_bias=False, key=k)
+            RowLinear(n, width, use_bias=False, key=k)
             for n, k in zip(sizes[:-1], keys, strict=True)
         )
         self.norms = tuple(eqx.nn.LayerNorm(width, LAYER_NORM_EPS) for _ in keys)
         self.last = None
         if outputs is not None:
-            self.last = eqx.nn.Linear(sizes[-1], outputs, key=last_key)
+            self.last = RowLinear(sizes[-1], outputs, key=last_key)
         if zero_init:
             self.last = jax.tree.map(jnp.zeros_like, self.last)
         self.activation = activation
@@ -184,17 +199,6 @@ def neighbours(x: Float[Array, "h w c"]) -> Float[Array, "h1 w1 c4"]:
     """All 2×2 neighbourhoods, in the order (row, column, channel)."""
     corners = [x[:-1, :-1], x[:-1, 1:], x[1:, :-1], x[1:, 1:]]
     return jnp.concatenate(corners, -1)
-
-
-class RowLinear(eqx.nn.Linear):
-    """Linear over the last axis of any array.
-
-    x Wᵀ instead of W x under `vmap`, for which XLA transposes every picture twice.
-    """
-
-    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape out"]:
-        y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
 
 
 class Down(eqx.Module):

@@ -56,14 +56,18 @@ SMALL = {
     "catch": "--game catch --steps 6000",
     "recall": "--game recall --steps 15000 --updates-per-step 1",
 }
+# The same number of updates for every delay: more steps, fewer updates for each.
+RECALL = {
+    "D = 10": SMALL["recall"],
+    "D = 30": "--game recall --steps 30000 --updates-per-step 0.5 --env.delay 30",
+    "D = 100": "--game recall --steps 60000 --updates-per-step 0.25 --env.delay 100",
+    "D = 300": "--game recall --steps 120000 --updates-per-step 0.125 --env.delay 300",
+}
 CUE = "--game cue --steps 6000 --updates-per-step 1 --eval-episodes 1"
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 STUDIES = {
     "catch": Study({"catch": SMALL["catch"]}, LEVELS),
-    "recall": Study(
-        {f"D = {D}": f"{SMALL['recall']} --env.delay {D}" for D in (10, 30, 100, 300)},
-        MODELS,
-    ),
+    "recall": Study(RECALL, MODELS),
     "carry": Study(
         {"T = 8, D = 16": f"{CUE} --levels 1 --length 8 --env.delay 16"},
         {"stored": "--carry stored", "zero": "--carry zero"},
