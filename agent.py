@@ -12,6 +12,7 @@ Differs from the official code in: Δ4 everything follows from one seed.
 
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -54,8 +55,11 @@ def matmul_precision(name: str):
     return jax.default_matmul_precision(PRECISIONS[precision_here(name)])
 
 
-class Agent(eqx.Module):
-    """Everything of a run that lives on the device; levels lowest first."""
+class Agent(NamedTuple):
+    """Everything of a run that lives on the device; levels lowest first.
+
+    Not a Module: Equinox looks through all leaves of one that is made, at every step.
+    """
 
     learners: tuple[Learner, ...]
     replays: tuple[Replay, ...]

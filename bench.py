@@ -39,7 +39,7 @@ from config import PRESETS, Config
 from cost import flops, matmul_peak, update_arguments
 from etbs import Replay, StoredCarry, load_carry
 from game import env_step
-from run import Run, keep_compiled
+from run import Run, keep_compiled, keep_memory
 from s5wm import Carry, Transition
 from subactor import imagine
 
@@ -444,4 +444,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

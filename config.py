@@ -253,7 +253,6 @@ MINATAR = replace(
         discount=0.99,
         entropy_scale=3e-3,
         free_nats=0.3,
-        world_model_lr=3e-3,
         actor_critic_lr=1e-3,
     ),
 )
@@ -269,7 +268,6 @@ PROBE = replace(
         MINATAR.trainer,
         horizon=10,
         free_nats=0.1,
-        world_model_lr=1e-3,
         actor_critic_lr=3e-4,
     ),
 )

@@ -134,7 +134,8 @@ class RowLinear(eqx.nn.Linear):
     """
 
     def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape out"]:
-        y = x @ self.weight.T
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x, self.weight, contract)
         return y if self.bias is None else y + self.bias
 
 

@@ -7,6 +7,7 @@ Several seeds go in lockstep: the same two calls, vmapped.
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +39,11 @@ from hieros import init_state
 from subactor import Learner, Subactor
 
 EVAL_SEED = 1_000_000
+ONE_HEAP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
 
 
 class Diverged(Exception):
@@ -126,7 +132,7 @@ class Run:
             precision=config.precision,
             seeds=config.seeds,
         )
-        self.agent = Agent(agent.learners, replays, tower, calls, agent.key)
+        self.agent = agent._replace(tower=tower, replays=replays, calls=calls)
         for game, stored in zip(self.games, active, strict=True):
             if stored:
                 game.remembered()
@@ -169,9 +175,7 @@ class Run:
         )
         learners, replays = list(agent.learners), list(agent.replays)
         learners[i], replays[i] = learner, replay
-        self.agent = Agent(
-            tuple(learners), tuple(replays), agent.tower, agent.calls, agent.key
-        )
+        self.agent = agent._replace(learners=tuple(learners), replays=tuple(replays))
         count, total = self.pending[i]
         self.pending[i] = (count + 1, add(total, metrics) if count else metrics)
         held, new = self.suspects[i], (metrics, rows)
@@ -392,6 +396,18 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(Path(home, "hieros-jax")))
+
+
+def keep_memory() -> None:
+    """Starts the program anew in a process whose heap never shrinks, on a CPU.
+
+    Otherwise glibc gives large arrays back to the kernel, which clears every page of
+    the next update anew: a third of its time. Small worlds have no large arrays, and
+    their many small ones are better off with a heap per thread, as usual.
+    """
+    wanted = platform.libc_ver()[0] == "glibc" and jax.default_backend() == "cpu"
+    if wanted and not ONE_HEAP.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | ONE_HEAP)
 
 
 def load_config(folder: Path) -> Config:

@@ -32,7 +32,7 @@ import report
 from agent import precision_here
 from config import PRESETS, Config, out_of_bounds
 from game import GameError, UsageError
-from run import Diverged, Run, evaluate, keep_compiled, load_config
+from run import Diverged, Run, evaluate, keep_compiled, keep_memory, load_config
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
@@ -40,10 +40,17 @@ DEAD_CODE_NATS = 0.05
 MAY_CHANGE = {"eval_episodes", "checkpoint_every", "checkpoint_minutes"}
 
 
+def by_name(argv: list[str]) -> dict[str, str]:
+    """Flags and what follows them, before tyro has seen them."""
+    named = dict(pairwise(argv))
+    return named | dict(
+        a.split("=", 1) for a in argv if a.startswith("--") and "=" in a
+    )
+
+
 def parse(argv: list[str]) -> Config:
     """The settings that a command line asks for. Raises UsageError."""
-    named = dict(pairwise(argv))
-    named |= dict(a.split("=", 1) for a in argv if a.startswith("--") and "=" in a)
+    named = by_name(argv)
     if "--resume" in named:
         folder = Path(named["--resume"])
         try:
@@ -73,11 +80,14 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def is_small(game: str) -> bool:
+    """Probes and MinAtar: a few cells each way, no pictures to convolve."""
+    return game in probes.PROBES or game.startswith("minatar/")
+
+
 def default_preset(game: str) -> str:
-    if game in probes.PROBES:
-        return "probe"
-    if game.startswith("minatar/"):
-        return "minatar"
+    if is_small(game):
+        return "probe" if game in probes.PROBES else "minatar"
     return "cpu" if jax.default_backend() == "cpu" else "atari100k"
 
 
@@ -373,5 +383,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def sees_pictures(argv: list[str]) -> bool:
+    """Whether the game asked for, or resumed, is an Atari game."""
+    named = by_name(argv)
+    try:
+        if "--resume" in named:
+            return not is_small(load_config(Path(named["--resume"])).game)
+    except UsageError:
+        return False
+    return not is_small(named.get("--game", Config.game))
+
+
 if __name__ == "__main__":
+    if sees_pictures(sys.argv[1:]):
+        keep_memory()
     sys.exit(main())

@@ -1,8 +1,12 @@
 """The loop: what is counted, what is due, and the published size on a CPU."""
 
+import platform
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -14,6 +18,7 @@ from checkpoint import CheckpointError, write
 from game import UsageError
 from run import Run, evaluate, load_weights, save_weights
 
+ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny"]
 
 
@@ -147,3 +152,32 @@ def test_weights_of_a_file_that_holds_none_are_refused(tmp_path):
     write(tmp_path / "other", {"a": np.zeros(2)}, {"config": {"game": "Pong"}})
     with pytest.raises(UsageError, match="another version"):
         load_weights(tmp_path / "other")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_pages_of_large_arrays_are_fetched_once():
+    """Page faults of the same computation 20 times, in the heap as it is and kept."""
+    program = """
+import resource
+import sys
+import jax, jax.numpy as jnp
+from run import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+x = jnp.ones((1000, 10_000))
+compute = jax.jit(lambda x: jnp.cumsum(jnp.sin(x).T @ x[:, :1000], 0)[::-1].sum())
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+compute(x).block_until_ready()
+before = faults()
+for _ in range(20):
+    compute(x).block_until_ready()
+print(faults() - before)
+"""
+    found = {}
+    for name in ("keep", "leave"):
+        command = [sys.executable, "-c", program, name]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        found[name] = int(done.stdout)
+    assert found["keep"] < found["leave"] / 2
