@@ -117,6 +117,29 @@ class Level(NamedTuple):
 
         return found._replace(z=after(start.z, found.z), h=after(start.h, found.h))
 
+    def tree(
+        self, rows: Int[np.ndarray, " W"], A: int, depth: int, repeat: int
+    ) -> tuple[Array, ...]:
+        """Every sequence of actions, each held for `repeat` steps, as a tree per row.
+
+        Node 0 is the row, node A n + 1 + a follows node n by action a. At every node z,
+        h, the reward of its steps, the reward and the continuation since the row.
+        """
+        sequences = np.indices((A,) * depth).reshape(depth, -1).T
+        forced = np.repeat(sequences, repeat, 1)[..., None]
+        found = self.dreams(rows, np.broadcast_to(forced, (len(rows), *forced.shape)))
+
+        def nodes(x):
+            # Sequences that begin alike are alike so far: one stands for them all.
+            ends = [x[:, :: A ** (depth - j), j * repeat] for j in range(depth + 1)]
+            return jnp.concatenate(ends, 1)
+
+        begin = lambda x, first: jnp.insert(x, 0, first, -1)
+        total = nodes(jnp.cumsum(begin(found.reward, 0), -1))
+        cont = nodes(jnp.cumprod(begin(found.cont, 1), -1))
+        reward = total - total[:, (np.arange(total.shape[1]) - 1) // A]
+        return nodes(found.z), nodes(found.h), reward.at[:, 0].set(0), total, cont
+
 
 def levels_of(learners: tuple[Learner, ...], episode: Episode) -> list[Level]:
     """What was chosen at a row is in force below from there on, or was the action.

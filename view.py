@@ -3,16 +3,17 @@
     python view.py RUN_DIR --play    writes one HTML file that needs nothing else
 
 RUN_DIR is a run folder or a file of weights. All that the page shows is prepared here:
-sheets of pictures as lossless WebP, figures and strips that name pictures of a sheet,
-curves as SVG. The script of the template view.html only picks what belongs to a step.
-Predictions are rounded to 32 shades per channel. Starts of imagination are as dense as
-the size of the page allows.
+sheets of pictures as lossless WebP, panels that name pictures of a sheet, texts, curves
+as SVG. Clocks say which of them belong to an agent step: the script of the template
+view.html only looks up. Predictions are rounded to 32 shades per channel. Starts of
+imagination are as dense as the size of the page allows.
 
 Axes: W starts, n pictures or entries, h w c of a picture, S rows × K classes of a code.
 """
 
 import base64
 import json
+import math
 import sys
 from functools import partial
 from io import BytesIO
@@ -40,9 +41,11 @@ from subactor import Learner
 TEMPLATE = Path(__file__).with_name("view.html")
 PAGE_BYTES = 15_000_000
 SHADES = 31
-# Own steps from start to start at least, values of imagined pictures at most.
-EVERY, DREAM_VALUES = 8, 55_000_000
+# All pictures together at most, text of an imagined step, own steps between starts.
+PICTURE_BYTES, TEXT_BYTES, EVERY = 12_500_000, 25, 8
 IMAGINED, AHEAD = 16, (1, 2, 4, 8, 16)
+# Agent steps of a curve in view, and between the numbers below it.
+SPAN, TICKS = 120, 20
 BRANCH_STARTS, BRANCH_NODES, BRANCH_VALUES, REPEAT = 5, 2000, 4_500_000, 4
 SQUARE, GREY, ORANGE = 6, (96, 96, 96), (230, 159, 0)
 DISCOUNTED = "discounted sum of the reward, over own steps"
@@ -57,17 +60,21 @@ CURVES = {
     "novelty value": DISCOUNTED,
 }
 CURVE = """<figure><figcaption id="curve-{name}"><h3>{name}</h3><p>{unit}</p>{said}
-</figcaption><div class="y">{marks}</div><div class="plot"><div class="wide">
+</figcaption><div class="y">{marks}</div><div class="plot"><div class="wide"
+onclick="slider.value = slider.max * event.offsetX / offsetWidth; show()">
 <svg role="img" aria-labelledby="curve-{name}" viewBox="0 0 {wide} 100"
 preserveAspectRatio="none"><path class="axis" d="M0 50H{wide}M0 0H{wide}"/>{drawn}</svg>
-<i></i></div></div><div class="x">{ticks}</div><p class="x">agent step</p></figure>
+<i></i></div></div><div class="x"><div class="wide">{ticks}</div></div></figure>
 """
+FIGURE = '<figure id="strip{}"><b>{}</b>{{{{canvas}}}}</figure>'
+RADIO = "<label><input type=radio name=level value={0} accesskey={0} {1}>{0}</label>"
+NUMBERS = "{:.3f}, {:.3f}, {:.3f}".format
 
 
 def sheet(
-    pictures: Pictures | UInt8[np.ndarray, "n h w c"], per: int, columns: int
+    pictures: Pictures | UInt8[np.ndarray, "*n h w c"], per: int, columns: int
 ) -> dict[str, Any]:
-    """Pictures (n, h, w, c), `per` of them to a file, as the page's script reads them.
+    """Pictures (…, h, w, c), `per` of them to a file, as the page's script finds them.
 
     Bytes are kept as they are; predictions in [0, 1] are rounded.
     """
@@ -75,8 +82,8 @@ def sheet(
         pictures = np.rint(np.rint(pictures * SHADES) * (255 / SHADES)).astype("u1")
     if pictures.shape[-1] not in (1, 3):
         pictures = np.rint(to_rgb(pictures / 255.0) * 255).astype("u1")
-    height, width, channels = pictures.shape[1:]
-    sources = []
+    height, width, channels = pictures.shape[-3:]
+    pictures, sources = pictures.reshape(-1, height, width, channels), []
     for first in range(0, len(pictures), per):
         some = pictures[first : first + per]
         rows = -(-len(some) // columns)
@@ -109,65 +116,67 @@ def rounded(values) -> list:
     return [float(f"{x:.4g}") if np.isfinite(x) else None for x in found]
 
 
-def figures(levels: list[Level], i: int, sheets: dict[str, Any]) -> dict[str, Any]:
-    """Pictures and codes of a level; `sheets` gain what they are drawn from.
+def panel(
+    clock: str, layers: dict[str, Any], said: Any, blank: str = "", told: str = ""
+) -> dict[str, Any]:
+    """What a figure of the page shows by rows of a clock; its texts may have another.
 
-    By figure of the page: the level to whose steps its entries belong; by layer a sheet
-    and its pictures, None for all in turn, a second layer's being subtracted; texts.
+    `layers`: pictures by sheet, those of a second one are subtracted. Without such a
+    row nothing is drawn and `blank` is said.
+    """
+    cells = [(name, np.reshape(x, (len(x), -1))) for name, x in layers.items()]
+    found = {"clock": clock, "told": told or clock, "layers": cells}
+    return found | {"said": list(said), "blank": blank}
+
+
+def figures(levels: list[Level], i: int, sheets: dict[str, Any]) -> dict[str, Any]:
+    """Panels of a level's pictures and codes; `sheets` gain what they are drawn from.
+
     Goals are decoded like in diagnose.py, with the z of the state closest to them.
     """
-    level, lived, learner = levels[i], levels[i].lived, levels[i].learners[-1]
+    level, lived = levels[i], levels[i].lived
     latent, decoded = jax.tree.map(jnp.asarray, lived.latent), f"decoded{i}"
     sheets[decoded] = sheet(level.pictures(latent.z, latent.h), 64, 8)
     sheets[f"z{i}"] = squares(latent.z)
+    steps, rows = levels[0].lived.at, np.arange(len(lived.at))
+    real, own = ([f"step {t}" for t in at] for at in (steps, lived.at))
+    acting = partial(panel, "acts", blank=f"blank: level {i} does not act at this step")
     found = {
-        "screen": (0, {"screen": None}),
-        "seen": (0, {"seen": None}),
-        "decoded": (i, {decoded: None}),
-        "error": (i, {"seen": lived.at, decoded: None}),
-        "z": (i, {f"z{i}": None}),
-        "goal": (0, {"seen": ()}, [f"blank: nobody sets a goal for level {i}"]),
+        "seen": panel("step", {"seen": steps}, real),
+        "decoded": acting({decoded: rows}, own),
+        "error": acting({"seen": lived.at, decoded: rows}, own),
+        "z": acting({f"z{i}": rows}, own),
+        "goal": panel(
+            "step", {"seen": 0 * steps - 1}, (), f"blank: nobody sets level {i} a goal"
+        ),
     }
-    if "screen" not in sheets:
-        del found["screen"]
+    if "screen" in sheets:
+        found["screen"] = panel("step", {"screen": steps}, real)
     if i > 0:
         sheets[f"policy{i}"] = squares(lived.thoughts.policy, level.chosen)
-        found["policy"] = (i, {f"policy{i}": None})
+        found["policy"] = acting({f"policy{i}": rows}, own)
     if i + 1 < len(levels):
         above, goal = levels[i + 1].lived.at, np.asarray(lived.steps.goal)
-        set_at = np.searchsorted(lived.at, above)
+        set_at, goals = np.searchsorted(lived.at, above), np.arange(len(above))
+        onehot = np.eye(level.learners[-1].subactor.goal_shape[1])
         G = jnp.asarray(lived.thoughts.goal[set_at])
         k, best, pictures = sought(level.learners, G, latent)
-        encode, K = learner.subactor.autoencoder.encode, learner.subactor.goal_shape[1]
-        own = np.argmax(jax.vmap(encode)(jnp.asarray(lived.thoughts.state)), -1)
         sheets[f"goal{i}"] = sheet(pictures, 64, 8)
-        sheets[f"code{i}"] = squares(np.eye(K)[goal[set_at]])
-        sheets[f"own{i}"] = squares(np.eye(K)[own])
-        until, same = [*above[1:] - 1, levels[0].lived.at[-1]], (own == goal).sum(-1)
-        agreed = lived.thoughts.rewards["subgoal"]
-        said = f"set by level {i + 1} at step {{}}, held to {{}}".format
-        near = "step {}: r_g {:.3g}".format
-        like = f"{{}} of {goal.shape[1]}, r_g {{:.3g}}".format
-        found |= {
-            "goal": (i + 1, {f"goal{i}": None}, [*map(said, above, until)]),
-            "closest": (i + 1, {"seen": lived.at[k]}, [*map(near, lived.at[k], best)]),
-            "change": (i + 1, {f"goal{i}": None, decoded: k}),
-            "code": (i + 1, {f"code{i}": None}),
-            "own": (i, {f"own{i}": None}, [*map(like, same, agreed)]),
-        }
-    plain = lambda index: None if index is None else np.asarray(index, int).tolist()
-    layers = lambda x: {name: plain(index) for name, index in x.items()}
-    return {name: (x[0], layers(x[1]), *x[2:]) for name, x in found.items()}
+        sheets[f"code{i}"] = squares(onehot[goal[set_at]])
+        kept = f"set by level {i + 1} at step {{}}, held to {{}}".format
+        kept = [*map(kept, above, [*above[1:] - 1, steps[-1]])]
+        near = map("step {}: r_g {:.3g}".format, lived.at[k], best)
+        found["goal"] = panel("goal", {f"goal{i}": goals}, kept)
+        found["closest"] = panel("goal", {"seen": lived.at[k]}, near)
+        found["code"] = panel("goal", {f"code{i}": goals}, kept)
+    return found
 
 
 def series(level: Level) -> dict[str, Float[np.ndarray, " rows"]]:
     """Numbers of every row of a level, by the names of curves."""
-    thoughts, heads = (
-        level.lived.thoughts,
-        level.learners[-1].subactor.world_model.heads,
-    )
+    thoughts, learner = level.lived.thoughts, level.learners[-1]
     latent = jax.tree.map(jnp.asarray, level.lived.latent)
-    foreseen, cont, _ = jax.vmap(heads.outlook)(latent)
+    foreseen, cont, _ = jax.vmap(learner.subactor.world_model.heads.outlook)(latent)
     found = {"surprise": thoughts.surprise, "continuation": cont}
     found |= {"predicted extrinsic reward": foreseen}
     found |= {f"{name} reward": x for name, x in thoughts.rewards.items()}
@@ -185,7 +194,7 @@ def curve(name: str, levels: list[Level], numbers: list[dict[str, np.ndarray]]) 
     lines = [(i, numbers[i][k], x) for k, x in keys for i in having if k in numbers[i]]
     finite = np.concatenate([[0], *(y[np.isfinite(y)] for _, y, _ in lines)])
     low, high = min(finite), max(min(finite) + 1e-3, *finite)
-    drawn = ""
+    drawn, last = "", int(levels[0].lived.at[-1])
     for i, y, faint in lines:
         known, at = np.isfinite(y), levels[i].lived.at
         y = (high - y[known]) / (high - low) * 100
@@ -196,31 +205,38 @@ def curve(name: str, levels: list[Level], numbers: list[dict[str, np.ndarray]]) 
         if i > 0 and not faint:
             dots = "".join(f"M{point}h0" for point in points)
             drawn += f'<path class="l{i} dots" d="{dots}"/>'
-    small = '<small class="l{0}" data-of="{0}" data-name="{1}"></small>'
+    small = '<small class="l{0}">level {0}: <span data-of="{1} {0}"></span></small>'
+    tick = '<span class="{}" style="left: {:.2%}">{}</span>'.format
+    fine = max(1, min(TICKS, last // 5))
+    far, end = fine * max(1, last // fine // 5), max(1, last)
+    ticks = [("fine" * (t % far > 0), t / end, t) for t in range(0, last + 1, fine)]
     return CURVE.format(
         name=name,
         unit=CURVES[name],
         said="".join(small.format(i, name) for i in having),
         marks="".join(f"<span>{x:.3g}</span>" for x in np.linspace(high, low, 3)),
-        ticks="<span></span>" * 5,
-        wide=max(1, levels[0].lived.at[-1]),
+        ticks="".join(tick(*x) for x in ticks),
+        wide=end,
         drawn=drawn,
     )
 
 
 def futures(
-    level: Level, names: list[str], reward: np.ndarray, sheets: dict[str, Any]
-) -> dict[str, Any]:
+    level: Level, names: list[str], reward: np.ndarray, sheets: dict, room: float
+) -> tuple[Int[np.ndarray, " W"], dict[str, Any]]:
     """Imagination from every n-th row: as it was played, by the actor, each action.
 
-    Pictures of a start: all steps of the first two, those of AHEAD of the others. By
-    strip and start: pictures of `sheet` from the start on, -1 for none, and texts.
+    Pictures of a start: all steps of the first two, those of AHEAD of the others. Agent
+    steps of the starts, which need about `room` bytes, and a panel for each strip.
     """
     i, at, last = len(level.learners) - 1, level.lived.at, len(level.lived.at) - 1
     shown = np.ones((2 + len(names), IMAGINED + 1), bool)
     shown[2:], shown[1:, 0] = np.isin(np.arange(IMAGINED + 1), AHEAD), False
     kept = int(shown.sum())
-    every = max(EVERY, -(-len(at) * kept * level.values // DREAM_VALUES))
+    # Imagined pictures compress about as well as reconstructed ones.
+    picture = sum(map(len, sheets[f"decoded{i}"]["src"])) / len(at)
+    start = shown.size * TEXT_BYTES + kept * picture
+    every = max(EVERY, math.ceil(len(at) * start / max(1, room)))
     rows = np.arange(0, max(1, last), every)
     ahead = rows[:, None] + np.arange(IMAGINED + 1)
     over, ahead = ahead > last, np.minimum(ahead, last)
@@ -228,74 +244,55 @@ def futures(
     forced[:, 1:] = np.arange(-1, len(names))[:, None, None]
     found = level.dreams(rows, forced)
     pictures = level.pictures(found.z[:, shown], found.h[:, shown])
-    pictures = pictures.reshape(-1, *pictures.shape[2:])
     sheets[f"imagined{i}"] = sheet(pictures, kept, IMAGINED + 1)
     cells = np.full((len(rows), *shown.shape), -1)
-    cells[:, shown] = np.arange(len(pictures)).reshape(len(rows), -1)
+    cells[:, shown] = np.arange(len(rows) * kept).reshape(-1, kept)
     cells[:, 1:, 0], cells[:, 0][over] = cells[:, :1, 0], -1
     said = np.full(cells.shape, "–", object)
     total = np.cumsum(found.reward, -1)
     for w, c, f in np.ndindex(total.shape):
-        numbers = found.reward[w, c, f], total[w, c, f], found.cont[w, c, f]
-        text = "{:.3f}, {:.3f}, {:.3f}".format(*numbers).replace("-", "−")
+        text = NUMBERS(found.reward[w, c, f], total[w, c, f], found.cont[w, c, f])
         if names and c == 1:
             text += f": {names[found.action[w, c, f, 0]]}"
         said[w, c, f + 1] = text if c or not over[w, f + 1] else "the episode is over"
-    passed = np.cumsum(reward)[at[ahead]]
-    real = [[f"real Σ reward {x:.4g}" for x in y] for y in passed - passed[:, :1]]
-    strips = [("seen", np.where(over, -1, at[ahead]).tolist(), real)]
-    for c in range(len(shown)):
-        strips.append((f"imagined{i}", cells[:, c].tolist(), said[:, c].tolist()))
-    strips = [dict(zip(("sheet", "cells", "said"), x, strict=True)) for x in strips]
-    return {"at": at[rows].tolist(), "strips": strips}
+    passed = zip(at[rows], np.cumsum(reward)[at[ahead]], strict=True)
+    real = [[f"from step {t}: real Σ r {x - y[0]:.4g}" for x in y] for t, y in passed]
+    strips = [({"seen": np.where(over, -1, at[ahead])}, real)]
+    strips += [({f"imagined{i}": cells[:, c]}, said[:, c]) for c in range(len(shown))]
+    strips = [panel("start", x, np.ravel(text), told="told") for x, text in strips]
+    return at[rows], {f"strip{c}": strip for c, strip in enumerate(strips)}
 
 
-def thin(parts: list[dict], sheets: list[dict], room: int) -> None:
-    """Drops every second start of the level with most of them until pictures fit."""
-    size = lambda: sum(len(file) for found in sheets for file in found["src"])
-    while size() > room and max(len(part["at"]) for part in parts) > 1:
-        pairs = zip(parts, sheets, strict=True)
-        part, found = max(pairs, key=lambda pair: len(pair[0]["at"]))
-        files = [w for w, file in enumerate(found["src"]) if file]
-        for w in files[1::2]:
-            found["src"][w] = ""
-        part["at"] = part["at"][::2]
-        for strip in part["strips"]:
-            strip |= {key: strip[key][::2] for key in ("cells", "said")}
+def clocks(
+    levels: list[Level], i: int, starts: Int[np.ndarray, " W"]
+) -> dict[str, Int[np.ndarray, " n"]]:
+    """Which rows of a level's panels belong to each of n agent steps, -1 for none.
+
+    Goals and starts hold on; `column`: how many own steps ago the newest start was.
+    """
+    step, at = levels[0].lived.at, levels[i].lived.at
+    both = levels[i], levels[min(i + 1, len(levels) - 1)]
+    held, goal = (x.lived.held(len(step)) for x in both)
+    start = np.searchsorted(starts, step, side="right") - 1
+    column = held - held[starts[start]]
+    told = start * (IMAGINED + 1) + np.minimum(column, IMAGINED)
+    found = {"step": step, "acts": np.where(at[held] == step, held, -1), "start": start}
+    return found | {"column": column, "told": told, "goal": goal}
 
 
 def branches(level: Level, A: int, sheets: dict[str, Any]) -> dict[str, Any]:
-    """Every sequence of actions, each held for some steps, from a few start states.
-
-    A tree per start: node 0 is the start, node A n + 1 + a follows node n by action a.
-    """
+    """Trees of chosen actions from a few start states, as deep as there is room."""
     nodes = lambda depth: sum(A**j for j in range(depth + 1))
     most, at = min(BRANCH_NODES, BRANCH_VALUES // level.values), level.lived.at
     depth = max([d for d in range(1, 6) if nodes(d) <= most], default=1)
     rows = np.linspace(0, max(0, len(at) - 2), BRANCH_STARTS).astype(int)
-    sequences = np.indices((A,) * depth).reshape(depth, -1).T
-    forced = np.repeat(sequences, REPEAT, 1)[..., None]
-    found = level.dreams(rows, np.broadcast_to(forced, (len(rows), *forced.shape)))
-
-    def tree(x):
-        # Sequences that begin alike are alike so far: one stands for them all.
-        ends = [x[:, :: A ** (depth - j), j * REPEAT] for j in range(depth + 1)]
-        return jnp.concatenate(ends, 1)
-
-    pictures = level.pictures(tree(found.z), tree(found.h))
-    flat = pictures.reshape(-1, *pictures.shape[2:])
-    sheets["branches"] = sheet(flat, nodes(depth), min(nodes(depth), 32))
-    begin = lambda x, value: jnp.pad(x, ((0, 0), (0, 0), (1, 0)), constant_values=value)
-    total = tree(jnp.cumsum(begin(found.reward, 0), -1))
-    cont = tree(jnp.cumprod(begin(found.cont, 1), -1))
-    parent = (np.arange(nodes(depth)) - 1) // A
-    numbers = {"total": total, "reward": total - total[:, parent], "cont": cont}
+    z, h, *numbers = level.tree(rows, A, depth, REPEAT)
+    sheets["branches"] = sheet(level.pictures(z, h), nodes(depth), 32)
     trees = [
-        {"at": int(at[row]), "first": w * nodes(depth)}
-        | {name: rounded(x[w]) for name, x in numbers.items()}
-        for w, row in enumerate(rows)
+        {"at": at[row], "first": w * nodes(depth), "said": [NUMBERS(*x) for x in each]}
+        for w, (row, each) in enumerate(zip(rows, np.stack(numbers, -1), strict=True))
     ]
-    return {"depth": depth, "repeat": REPEAT, "trees": trees}
+    return {"depth": depth, "trees": trees}
 
 
 def action_names(config: Config, actions: int) -> list[str]:
@@ -305,35 +302,32 @@ def action_names(config: Config, actions: int) -> list[str]:
 
 
 def contents(
-    config: Config, levels: list[Level], episode: Episode, human: bool
+    names: list[str], levels: list[Level], numbers: list, episode: Episode, human: bool
 ) -> dict[str, Any]:
-    """Everything that the page's script reads."""
-    names = action_names(config, levels[0].lived.thoughts.policy.shape[-1])
+    """Everything that the page's script looks up; `numbers`: the levels' series."""
+    policy, n = levels[0].lived.thoughts.policy[:, 0], len(episode.action)
     sheets = {"seen": sheet(episode.obs, 64, 8)}
     if episode.frames.shape != episode.obs.shape:
         sheets["screen"] = sheet(episode.frames, 64, 8)
-    found = [
-        {
-            "at": level.lived.at.tolist(),
-            "stride": config.period**i,
-            "figures": figures(levels, i, sheets),
-            "numbers": {key: rounded(x) for key, x in series(level).items()},
-            "imagined": futures(level, names * (i == 0), episode.reward, sheets),
-        }
-        for i, level in enumerate(levels)
-    ]
-    policy = np.rint(levels[0].lived.thoughts.policy[:, 0] * 100).astype(int)
-    return {
-        "game": config.game,
-        "steps": len(episode.action),
-        "columns": IMAGINED + 1,
-        "actions": names,
-        "chosen": levels[0].chosen[:, 0].tolist(),
-        "policy": policy.tolist(),
-        "levels": found,
-        "branches": branches(levels[0], len(names), sheets) if human else None,
-        "sheets": sheets,
-    }
+    panels, hands = [figures(levels, i, sheets) for i in range(len(levels))], []
+    trees = branches(levels[0], len(names), sheets) if human else None
+    for i, level in reversed([*enumerate(levels)]):
+        used = sum(len(src) for x in sheets.values() for src in x["src"])
+        room, fixed = (PICTURE_BYTES - used) / (i + 1), names * (i == 0)
+        starts, strips = futures(level, fixed, episode.reward, sheets, room)
+        panels[i] |= strips
+        hands.insert(0, clocks(levels, i, starts))
+    chosen = zip(levels[0].chosen[:, 0], policy, strict=True)
+    does = [f"{names[a]} ({p[a]:.0%})" if a >= 0 else "–, the end" for a, p in chosen]
+    said = f"Step {{}} of {n - 1}: reward {{:.3g}}; chosen: {{}}.".format
+    texts = {"status": [*map(said, range(n), episode.reward, does)]}
+    for i, level in enumerate(levels):
+        for name, x in numbers[i].items():
+            texts[f"{name} {i}"] = rounded(x[level.lived.held(n)])
+    percent = np.rint(policy * 100).astype(int)
+    found = {"texts": texts, "actions": names, "policy": percent}
+    found |= {"panels": panels, "clocks": hands, "branches": trees, "sheets": sheets}
+    return found
 
 
 def page(
@@ -341,43 +335,47 @@ def page(
 ) -> str:
     """The HTML. `human`: with branches in which a person chooses the actions."""
     levels = levels_of(learners, episode)
-    data, numbers = contents(config, levels, episode, human), [*map(series, levels)]
-    names, trees = data["actions"], data["branches"]["trees"] if human else []
+    numbers = [*map(series, levels)]
+    names = action_names(config, levels[0].lived.thoughts.policy.shape[-1])
+    data = contents(names, levels, numbers, episode, human)
+    trees, last = data["branches"]["trees"] if human else [], len(episode.action) - 1
     so_far = "" if episode.is_last[-1] else " so far: the episode goes on"
     shown = [name for name in CURVES if any(name in x for x in numbers)]
-    strides = " / ".join(str(x["stride"]) for x in data["levels"])
+    strides = " / ".join(str(config.period**i) for i in range(len(levels)))
     updates = " / ".join(str(int(x.updates)) for x in learners)
-    lettered = [f"{chr(97 + a)} {name}" for a, name in enumerate(names)]
-    button = '<button onclick="{}" data-key="{}">{}</button>'.format
-    tick = '<small style="grid-column: {}"></small>'.format
-    canvas = '<canvas role="img"></canvas><figcaption></figcaption>'
+    button = '<button accesskey="{1}" onclick="take({0})">{1} {2}</button>'.format
+    keys = [(str(a), chr(97 + a), x) for a, x in enumerate(names)] if human else []
+    keys += [("", "x", "start again")] * human
     strips = ["truth", "as played", "the actor", *(f"always {x}" for x in names)]
     texts = {
         "title": f"{config.game}: an episode and what its levels make of it",
-        "about": f"{len(episode.action)} agent steps, return "
+        "about": f"{last + 1} agent steps, return "
         f"{sum(episode.reward):.4g}{so_far}. Preset {config.preset}, world model "
         f"{config.world_model}. Level 0 and up act every {strides} steps and had "
         f"{updates} updates. Policy sampled.",
-        "last": str(len(episode.action) - 1),
-        "levels": [
-            button(f"level = {i}; later()", i, f"level {i}") for i in range(len(levels))
-        ],
-        "policy": "<li></li>" * len(names),
-        "canvas": canvas,
-        "strips": [f"<figure><b>{x}</b>{canvas}</figure>" for x in strips],
-        "ticks": [tick(c + 2) for c in range(0, IMAGINED + 1, 4)],
+        "last": str(last),
+        "zoom": f"{max(1, last / SPAN):.4g}",
+        "levels": [RADIO.format(i, "checked" * (i == 0)) for i in range(len(levels))],
+        "policy": [f'<label><meter max="100"></meter> {x}</label>' for x in names],
+        "strips": [FIGURE.format(c, x) for c, x in enumerate(strips)],
+        "canvas": '<canvas role="img"></canvas><figcaption></figcaption>',
+        "columns": [f"<small>{c}</small>" for c in range(IMAGINED + 1)],
         "curves": [curve(name, levels, numbers) for name in shown],
+        "hidden": "" if human else "hidden",
         "starts": [f'<option value="{i}">{x["at"]}' for i, x in enumerate(trees)],
-        "actions": [button(f"take({a})", x[0], x) for a, x in enumerate(lettered)],
+        "actions": [button(*x) for x in keys],
     }
+    dump = partial(json.dumps, separators=(",", ":"), allow_nan=False)
+    texts["images"] = [
+        f'<img id="{name}-{k}" src="{src}" alt="">'
+        for name, found in data["sheets"].items()
+        for k, src in enumerate(found.pop("src"))
+    ]
+    texts["data"] = dump(data, default=lambda x: x.tolist()).replace("</", "<\\/")
     html = TEMPLATE.read_text()
     for name, text in texts.items():
         html = html.replace(f"{{{{{name}}}}}", "".join(text))
-    dump = partial(json.dumps, separators=(",", ":"), allow_nan=False)
-    dreamt = [data["sheets"][f"imagined{i}"] for i in range(len(levels))]
-    rest = len(html + dump(data)) - sum(len(s) for x in dreamt for s in x["src"])
-    thin([x["imagined"] for x in data["levels"]], dreamt, PAGE_BYTES - rest)
-    return html.replace("{{data}}", dump(data).replace("</", "<\\/"))
+    return html
 
 
 def main(

@@ -68,7 +68,19 @@ def made(tmp_path_factory):
 
 
 def read(text):
-    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+    """The script's data, and the files of its sheets: hidden pictures of the page."""
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    for name, sheet in data["sheets"].items():
+        files = re.findall(rf'<img id="{name}-(\d+)" src="([^"]+)"', text)
+        assert [int(k) for k, _ in files] == [*range(len(files))]
+        sheet["src"] = [src for _, src in files]
+    return data
+
+
+def cells(panel, sheet):
+    """What a panel shows of a sheet, row by row; figures have one cell a row."""
+    rows = dict(panel["layers"])[sheet]
+    return [row[0] if len(row) == 1 else row for row in rows]
 
 
 def picture(sheet, i):
@@ -146,8 +158,9 @@ def test_real_frames_and_reconstructions(made):
     _, _, data, levels = made
     lived = levels[0].lived
     heads = levels[0].learners[-1].subactor.world_model.heads
-    assert data["steps"] == 21
-    assert data["levels"][0]["at"] == list(range(21))
+    assert data["clocks"][0]["acts"] == data["clocks"][0]["step"] == [*range(21)]
+    assert cells(data["panels"][0]["seen"], "seen") == [*range(21)]
+    assert cells(data["panels"][0]["decoded"], "decoded0") == [*range(21)]
     for t in range(21):
         close(picture(data["sheets"]["seen"], t), rgb(lived.steps.obs[t] / 255))
         decoded = seen(heads, lived.latent.z[t], lived.latent.h[t])
@@ -158,7 +171,11 @@ def test_upper_levels_are_decoded_through_those_below(made):
     _, _, data, levels = made
     for i in (1, 2):
         latent = levels[i].lived.latent
-        assert data["levels"][i]["at"] == [*range(0, 21, 2**i)]
+        acts = data["clocks"][i]["acts"]
+        assert acts == [-1 if t % 2**i else t // 2**i for t in range(21)]
+        error = data["panels"][i]["error"]
+        assert cells(error, "seen") == [*range(0, 21, 2**i)]
+        assert cells(error, f"decoded{i}") == [*range(len(latent.h))]
         for r in range(len(latent.h)):
             decoded = decode_down(levels[i].decoders, latent.z[r], latent.h[r])
             found = picture(data["sheets"][f"decoded{i}"], r)
@@ -169,12 +186,17 @@ def test_upper_levels_are_decoded_through_those_below(made):
 def test_imagination_is_the_models_own_roll_out(made, i):
     """As played, by the actor and under each fixed action, from every kept row."""
     _, _, data, levels = made
-    level, part = levels[i], data["levels"][i]["imagined"]
-    lived, F, strips = level.lived, view.IMAGINED, part["strips"]
+    level, F, panels = levels[i], view.IMAGINED, data["panels"][i]
+    lived, clocks = level.lived, data["clocks"][i]
     names = data["actions"] if i == 0 else []
-    assert len(strips) == 3 + len(names)
-    rows = [lived.at.tolist().index(t) for t in part["at"]]
-    assert rows == [*range(0, len(lived.at) - 1, 2)]
+    strips = [panels[f"strip{c}"] for c in range(3 + len(names))]
+    assert f"strip{len(strips)}" not in panels
+    rows = [*range(0, len(lived.at) - 1, 2)]
+    for t in range(21):
+        row = (lived.at <= t).sum() - 1
+        start = max(w for w, first in enumerate(rows) if first <= row)
+        assert (clocks["start"][t], clocks["column"][t]) == (start, row - rows[start])
+        assert clocks["told"][t] == start * (F + 1) + row - rows[start]
     keys = jax.random.split(jax.random.key(0), len(rows))
     w = len(rows) - 1
     row = rows[w]
@@ -184,28 +206,28 @@ def test_imagination_is_the_models_own_roll_out(made, i):
     plans = [real, [None] * F, *([[a]] * F for a in range(len(names)))]
     seen = [*range(row, len(lived.at))]
     truth = [lived.at[r] for r in seen] + [-1] * (F + 1 - len(seen))
-    assert strips[0]["sheet"] == "seen"
-    assert strips[0]["cells"][w] == truth
+    assert cells(strips[0], "seen")[w] == truth
     for strip, c in zip(strips[1:], range(len(plans)), strict=True):
         found = roll(level.learners[-1].subactor, *begin(level, row), plans[c], keys[w])
         sure = len(lived.at) - 1 - row if c == 0 else F  # no plan after the end
-        cells, total = strip["cells"][w], 0
+        ((name, shown),), total = strip["layers"], 0
+        shown, sheet = shown[w], data["sheets"][name]
         decoded = decode_down(level.decoders, lived.latent.z[row], lived.latent.h[row])
-        sheet = data["sheets"][strip["sheet"]]
-        close(picture(sheet, cells[0]), rgb(decoded), ROUNDING)
+        close(picture(sheet, shown[0]), rgb(decoded), ROUNDING)
         for k in range(1, F + 1):
-            (latent, reward, cont, action), said = found[k - 1], strip["said"][w][k]
+            latent, reward, cont, action = found[k - 1]
+            said = strip["said"][w * (F + 1) + k]
             if k > sure:
-                assert (cells[k], said) == (-1, "the episode is over")
+                assert (shown[k], said) == (-1, "the episode is over")
                 continue
             total += reward
-            numbers, *name = said.replace("−", "-").split(": ")
+            numbers, *name = said.split(": ")
             close([float(x) for x in numbers.split(", ")], [reward, total, cont])
             assert name == ([names[int(action[0])]] if names and c == 1 else [])
-            assert (cells[k] < 0) == (c > 1 and k not in view.AHEAD)
-            if cells[k] >= 0:
+            assert (shown[k] < 0) == (c > 1 and k not in view.AHEAD)
+            if shown[k] >= 0:
                 decoded = decode_down(level.decoders, latent.z, latent.h)
-                close(picture(sheet, cells[k]), rgb(decoded), ROUNDING)
+                close(picture(sheet, shown[k]), rgb(decoded), ROUNDING)
 
 
 def code_of(sheet, i):
@@ -217,13 +239,14 @@ def test_goals_are_those_in_force(made):
     """Codes, the closest state by brute force, and the goal decoded with its z."""
     _, _, data, levels = made
     for i in (0, 1):
-        level, part = levels[i], data["levels"][i]["figures"]
+        level, part = levels[i], data["panels"][i]
         lived, learner = level.lived, level.learners[-1]
         above = levels[i + 1].lived.at
-        (k,) = (part["change"][1][f"decoded{i}"],)
-        assert part["closest"][1]["seen"] == lived.at[k].tolist()
-        for name in ("goal", "closest", "change", "code"):
-            assert part[name][0] == i + 1
+        held = [max(g for g, s in enumerate(above) if s <= t) for t in range(21)]
+        assert data["clocks"][i]["goal"] == held
+        for name in ("goal", "closest", "code"):
+            assert part[name]["clock"] == part[name]["told"] == "goal"
+            assert len(part[name]["said"]) == len(above)
         for g, t in enumerate(above):
             row = lived.at.tolist().index(t)
             goal = lived.steps.goal[row]
@@ -232,27 +255,19 @@ def test_goals_are_those_in_force(made):
             G = learner.subactor.autoencoder.decode(code)
             S = learner.standardiser(jnp.asarray(lived.latent.h))
             agreement = [float(subgoal_reward(G, s)) for s in S]
-            assert (
-                part["closest"][2][g]
-                == f"step {lived.at[k[g]]}: r_g {max(agreement):.3g}"
-            )
-            close(agreement[k[g]], max(agreement))
+            near, best = part["closest"]["said"][g].split(": r_g ")
+            k = lived.at.tolist().index(int(near.removeprefix("step ")))
+            assert cells(part["closest"], "seen")[g] == lived.at[k]
+            close([agreement[k], float(best)], max(agreement))
             end = [*above, 21][g + 1] - 1
             said = f"set by level {i + 1} at step {t}, held to {max(end, t)}"
-            assert part["goal"][2][g] == said
+            assert part["goal"]["said"][g] == said
             h = symexp(learner.standardiser.inverse(G))
-            decoded = rgb(decode_down(level.decoders, lived.latent.z[k[g]], h))
+            decoded = rgb(decode_down(level.decoders, lived.latent.z[k], h))
             close(picture(data["sheets"][f"goal{i}"], g), decoded, ROUNDING)
-        for r, s in enumerate(lived.thoughts.state):
-            own = learner.subactor.autoencoder.encode(jnp.asarray(s)).argmax(-1)
-            assert code_of(data["sheets"][f"own{i}"], r).tolist() == own.tolist()
-            same = int((own == lived.steps.goal[r]).sum())
-            now = lived.thoughts.rewards["subgoal"][r]
-            assert part["own"][2][r] == f"{same} of {len(own)}, r_g {now:.3g}"
-    assert data["levels"][2]["figures"]["goal"][1:] == [
-        {"seen": []},
-        ["blank: nobody sets a goal for level 2"],
-    ]
+    top = data["panels"][2]["goal"]
+    assert {x for _, rows in top["layers"] for (x,) in rows} == {-1}
+    assert (top["said"], top["blank"]) == ([], "blank: nobody sets level 2 a goal")
 
 
 def test_codes_are_squares_and_what_was_chosen_is_framed(made):
@@ -295,8 +310,11 @@ def test_curves_are_drawn_to_scale_and_broken_where_a_number_is_missing(made):
 
 def test_the_page_says_the_numbers_of_every_level(made):
     _, _, data, levels = made
-    for level, part in zip(levels, data["levels"], strict=True):
-        thoughts, numbers = level.lived.thoughts, part["numbers"]
+    for i, level in enumerate(levels):
+        thoughts, numbers = level.lived.thoughts, view.series(level)
+        for name, x in numbers.items():
+            said = data["texts"][f"{name} {i}"]
+            close(said, x[[(level.lived.at <= t).sum() - 1 for t in range(21)]])
         close(numbers["surprise"], thoughts.surprise)
         for name, reward in thoughts.rewards.items():
             close(numbers[f"{name} reward"], reward)
@@ -308,7 +326,9 @@ def test_the_page_says_the_numbers_of_every_level(made):
         close(found, heads.outlook(latent)[:2])
     policy = levels[0].lived.thoughts.policy[:, 0]
     close(np.array(data["policy"]) / 100, policy, 0.006)
-    assert data["chosen"] == [*levels[0].chosen[:-1, 0], -1]
+    chosen = [data["actions"][a] for a in levels[0].chosen[:-1, 0]]
+    said = [x.split("chosen: ")[1].split(" (")[0] for x in data["texts"]["status"]]
+    assert said == [*chosen, "–, the end."]
 
 
 def test_branches_are_the_sequences_that_lead_to_them(made):
@@ -321,43 +341,42 @@ def test_branches_are_the_sequences_that_lead_to_them(made):
         node = 0
         for a in path:
             node = A * node + 1 + a
-        rest = [[0]] * part["repeat"] * (part["depth"] - len(path))
-        plan = [[a] for a in path for _ in range(part["repeat"])]
+        rest = [[0]] * view.REPEAT * (part["depth"] - len(path))
+        plan = [[a] for a in path for _ in range(view.REPEAT)]
         start = begin(level, trees[w]["at"])
         found = roll(level.learners[-1].subactor, *start, plan + rest, keys[w])[
             : len(plan)
         ]
-        close(trees[w]["total"][node], sum(x[1] for x in found))
-        close(trees[w]["reward"][node], sum(x[1] for x in found[-part["repeat"] :]))
-        close(trees[w]["cont"][node], np.prod([x[2] for x in found]))
+        reward = [x[1] for x in found]
+        numbers = (
+            sum(reward[-view.REPEAT :]),
+            sum(reward),
+            np.prod([x[2] for x in found]),
+        )
+        close([float(x) for x in trees[w]["said"][node].split(", ")], numbers)
         shown = picture(sheet, trees[w]["first"] + node)
         heads = level.learners[-1].subactor.world_model.heads
         close(shown, seen(heads, found[-1][0].z, found[-1][0].h), ROUNDING)
 
 
-def test_thinning_keeps_every_second_start_until_it_fits(made):
-    """A level with more starts goes first; what is kept stays where it was."""
-    data = json.loads(json.dumps(made[2]))
-    parts = [x["imagined"] for x in data["levels"]]
-    sheets = [data["sheets"][f"imagined{i}"] for i in range(3)]
-    size = lambda: sum(len(s) for x in sheets for s in x["src"])
-    assert [len(x["at"]) for x in parts] == [10, 5, 3]
-    view.thin(parts, sheets, size() - 1)
-    assert [len(x["at"]) for x in parts] == [5, 5, 3]
-    assert sheets[1:] == [made[2]["sheets"][f"imagined{i}"] for i in (1, 2)]
-    old, new = made[2]["levels"][0]["imagined"], parts[0]
-    assert new["at"] == old["at"][::2]
-    for before, after in zip(old["strips"], new["strips"], strict=True):
-        assert after["cells"] == before["cells"][::2]
-        assert after["said"] == before["said"][::2]
-    kept, all_ = sheets[0]["src"], made[2]["sheets"]["imagined0"]["src"]
-    assert kept[::2] == all_[::2]
-    assert set(kept[1::2]) == {""}
-    view.thin(parts, sheets, size() // 2)
-    assert size() > 0
-    view.thin(parts, sheets, 0)  # one start is always kept
-    assert [len(x["at"]) for x in parts] == [1, 1, 1]
-    assert all(x["src"][0] for x in sheets)
+def test_starts_are_as_dense_as_the_room_allows(made):
+    """Their number follows the bytes that pictures of reconstructions take."""
+    _, _, data, levels = made
+    sheets, names = {"decoded0": data["sheets"]["decoded0"]}, data["actions"]
+    size = lambda x: sum(map(len, x["src"]))
+    reward, starts = np.zeros(21), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view, "EVERY", 1)
+        for room in (1e9, 2e4, 0.0):
+            found = view.futures(levels[0], names, reward, sheets, room)
+            starts[room], strips = found
+            text = sum(map(len, map(str, (x["said"] for x in strips.values()))))
+            if len(starts[room]) > 1:
+                assert size(sheets["imagined0"]) + text < 2 * room
+            assert len(strips["strip0"]["layers"][0][1]) == len(starts[room])
+    assert starts[1e9].tolist() == [*range(20)]
+    assert 1 < len(starts[2e4]) < 20
+    assert starts[0.0].tolist() == [0]  # one start is always kept
 
 
 def flat_page(steps):
@@ -370,11 +389,11 @@ def flat_page(steps):
 
 def test_a_flat_agent_has_no_goals():
     data = read(flat_page(2))
-    (level,) = data["levels"]
-    assert level["figures"]["goal"][2] == ["blank: nobody sets a goal for level 0"]
-    assert "closest" not in level["figures"]
+    (panels,) = data["panels"]
+    assert panels["goal"]["blank"] == "blank: nobody sets level 0 a goal"
+    assert "closest" not in panels
     assert data["branches"] is None
-    assert data["chosen"][-1] >= 0  # the episode has not ended
+    assert "the end" not in data["texts"]["status"][-1]
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -428,15 +447,6 @@ def tab(visit, made):
     return visit(made[0])
 
 
-def settle(tab):
-    """Waits until pictures are decoded and drawn."""
-    tab.evaluate("""async () => {
-        for (let i = 0; i < 4; i++) await new Promise(requestAnimationFrame);
-        await new Promise((done) => setTimeout(done, 50));
-        await new Promise(requestAnimationFrame);
-    }""")
-
-
 def pixels(tab, name):
     """A canvas as (h, w, 4) in [0, 1]."""
     h, w, data = tab.evaluate(f"""() => {{
@@ -450,8 +460,11 @@ def pixels(tab, name):
 
 
 def step(tab):
-    settle(tab)
     return int(re.match(r"Step (\d+)", tab.text_content("#status"))[1])
+
+
+def go(tab, t):
+    tab.evaluate("t => { slider.value = t; show(); }", t)
 
 
 def test_a_page_opens_at_the_step_of_its_address(tab, made):
@@ -466,89 +479,84 @@ def test_keys_and_mouse_scrub(tab):
     for keys, expected in (
         ("ArrowLeft", 0),
         ("ArrowRight", 1),
-        ("Shift+ArrowRight", 11),
-        ("Shift+ArrowRight", 20),
+        ("PageDown", 0),
+        ("End", 20),
+        ("ArrowRight", 20),
         ("ArrowLeft", 19),
         ("2", 19),
-        (",", 16),
-        (".", 20),
+        ("Shift+ArrowLeft", 16),
+        ("Shift+ArrowRight", 20),
         ("1", 20),
-        (",", 18),
+        ("Shift+ArrowLeft", 18),
+        ("ArrowLeft", 17),
+        ("Shift+ArrowRight", 18),
+        ("0", 18),
+        ("Shift+ArrowRight", 19),
     ):
         press(keys)
         assert step(tab) == expected, keys
     box = tab.locator("#step").bounding_box()
     tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert step(tab) == 10
-    press("Shift+ArrowLeft")  # not the slider's own step, though it has the focus
-    assert step(tab) == 0
-    curve = tab.locator("#curves svg").first
+    press("ArrowLeft")  # once, though the slider has the focus and moves by itself
+    assert step(tab) == 9
+    curve = tab.locator(".plot").first
     curve.scroll_into_view_if_needed()
     box = curve.bounding_box()
-    tab.mouse.move(box["x"] + 2, box["y"] + 50)
-    tab.mouse.down()
-    assert step(tab) == 0
-    tab.mouse.move(box["x"] + box["width"] - 2, box["y"] + 50, steps=3)
-    tab.mouse.up()
-    assert step(tab) == 20
-    tab.mouse.move(box["x"] + 2, box["y"] + 50)
-    assert step(tab) == 20
-
-
-def test_buttons_do_what_keys_do(tab):
-    named = lambda name: tab.get_by_role("button", name=name, exact=True)
-    tab.keyboard.press("1")
-    named("acts ▸").click()
-    assert step(tab) == 2
-    named("◂ acts").click()
-    assert step(tab) == 0
-    named("▶ play").click()
-    assert tab.get_attribute("#status", "aria-live") == "off"
-    tab.wait_for_function("t > 1")
-    named("❚❚ pause").press(" ")  # the button's own click, not a second one
-    at = step(tab)
-    tab.wait_for_timeout(300)
-    assert step(tab) == at < 20
-    tab.evaluate("document.activeElement.blur()")
-    tab.keyboard.press(" ")
-    tab.wait_for_function("t === last && timer === undefined")
-    assert "the episode ends" in tab.text_content("#status")
+    for part, expected in ((0.995, 20), (0.005, 0), (0.6, 12)):
+        tab.mouse.click(box["x"] + part * box["width"], box["y"] + 50)
+        assert step(tab) == expected
+    press("Alt+ArrowRight")  # left to the browser
+    assert step(tab) == 12
 
 
 def test_curves_have_a_cursor_ticks_and_the_numbers_of_this_step(tab, made):
-    data = made[2]
-    tab.evaluate("go(7)")
+    _, _, data, levels = made
+    go(tab, 7)
     tab.keyboard.press("1")
-    settle(tab)
-    boxes = tab.evaluate("""() => [...document.querySelectorAll(".wide")].map((x) => {
+    boxes = tab.evaluate("""() => [...all(".plot .wide")].map((x) => {
         const line = x.querySelector("i").getBoundingClientRect();
-        const all = x.getBoundingClientRect();
-        return [(line.left - all.left) / all.width, all.width];
+        const whole = x.getBoundingClientRect();
+        return [(line.left - whole.left) / whole.width, whole.width];
     })""")
     assert len(boxes) == 8
     close([at for at, _ in boxes], [7 / 20] * 8, 0.01)
     for i, at in ((0, 7), (1, 6), (2, 4)):
-        numbers, row = data["levels"][i]["numbers"], data["levels"][i]["at"].index(at)
-        said = tab.text_content(f"[data-name='surprise'][data-of='{i}']")
-        assert said.startswith(f"level {i} at {at}: ")
-        value = float(said.split(": ")[1].replace("−", "-"))
-        close(value, numbers["surprise"][row], 0.01 * abs(value) + 1e-6)
-    ticks = "[...document.querySelectorAll('.x span')].map((x) => x.textContent)"
-    assert tab.evaluate(ticks)[:5] == ["0", "5", "10", "15", "20"]
-    tab.evaluate("document.querySelector('#span').options[0].value = 8; later()")
-    settle(tab)
-    assert tab.evaluate(ticks)[:5] == ["3", "5", "7", "9", "11"]
-    wide = "document.querySelector('.wide').getBoundingClientRect().width"
-    close(tab.evaluate(wide), boxes[0][1] * 20 / 8, 1)
+        row = levels[i].lived.at.tolist().index(at)
+        surprise = levels[i].lived.thoughts.surprise[row]
+        close(float(tab.text_content(f"[data-of='surprise {i}']")), surprise)
+        assert data["texts"][f"surprise {i}"][7] == data["texts"][f"surprise {i}"][at]
+    where = """() => [...document.querySelectorAll(".x .wide")[0].children].map((x) => {
+        const all = x.parentElement.getBoundingClientRect();
+        const here = x.getBoundingClientRect();
+        return [+x.textContent, (here.left + here.width / 2 - all.left) / all.width];
+    })"""
+    ticks = tab.evaluate(where)
+    assert [t for t, _ in ticks] == [0, 4, 8, 12, 16, 20]
+    close([at for _, at in ticks], [t / 20 for t, _ in ticks], 0.01)
     weight = "getComputedStyle(document.querySelector('path.l{}')).strokeWidth"
     assert [tab.evaluate(weight.format(i)) for i in (0, 1)] == ["1px", "2px"]
 
 
+def test_long_curves_move_with_the_step_within_the_episode(tab):
+    """The window is narrower than the episode unless all of it is wanted."""
+    tab.add_style_tag(content="#curves { --zoom: 4 !important; }")
+    lefts = """() => ["i", ".wide", ".plot"].map((x) =>
+        document.querySelector(`#curves ${x}`).getBoundingClientRect())
+        .map((x) => [x.left, x.width])"""
+    for t, place in ((0, 0), (1, 0.2), (10, 0.5), (20, 1)):
+        go(tab, t)
+        (line, _), (wide, width), (plot, whole) = tab.evaluate(lefts)
+        close(width, 4 * whole, 8)
+        close((line - plot) / whole, place, 0.02)
+        assert wide <= plot + 2
+        assert wide + width >= plot + whole - 2
+
+
 def test_pictures_on_the_screen_are_those_of_the_data(tab, made):
     data = made[2]
-    sheets, part = data["sheets"], data["levels"][0]["imagined"]
-    tab.evaluate("go(7)")
-    settle(tab)
+    sheets, panels = data["sheets"], data["panels"][0]
+    go(tab, 7)
     same = lambda figure, sheet, i: close(
         pixels(tab, f"#{figure} canvas")[..., :3], picture(sheets[sheet], i), 0.01
     )
@@ -556,57 +564,71 @@ def test_pictures_on_the_screen_are_those_of_the_data(tab, made):
     same("decoded", "decoded0", 7)
     same("goal", "goal0", 3)
     same("z", "z0", 7)
-    same("own", "own0", 7)
     same("code", "code0", 3)
     error = abs(picture(sheets["seen"], 7) - picture(sheets["decoded0"], 7))
     close(pixels(tab, "#error canvas")[..., :3], error, 0.02)
-    bars = tab.locator("#policy0 li").all_text_contents()
-    marks = [" ◂ chosen" * (a == data["chosen"][7]) for a in range(len(bars))]
-    names = zip(data["actions"], data["policy"][7], marks, strict=True)
-    assert bars == [f"{name} {p} %{mark}" for name, p, mark in names]
-    w, n = part["at"].index(6), sheets["seen"]["w"]
-    assert "at step 6, 1 agent steps per column" in tab.text_content("#from")
+    bars = tab.evaluate("[...document.querySelectorAll('meter')].map((x) => x.value)")
+    assert bars == data["policy"][7]
+    assert tab.locator("#policy0 label").all_inner_texts() == data["actions"]
+    w, n = 3, sheets["seen"]["w"]
+    assert "from step 6: " in tab.text_content("#strip0 figcaption")
     assert tab.locator("#strips canvas").count() == 3 + len(data["actions"])
-    for c, strip in enumerate(part["strips"]):
-        shown = pixels(tab, f"#strips figure:nth-of-type({c + 1}) canvas")
-        for k, cell in enumerate(strip["cells"][w]):
+    for c in range(3 + len(data["actions"])):
+        strip = panels[f"strip{c}"]
+        ((sheet, rows),) = strip["layers"]
+        shown = pixels(tab, f"#strip{c} canvas")
+        for k, cell in enumerate(rows[w]):
             found = shown[:, k * n : (k + 1) * n]
             if cell < 0:
                 assert found.max() == 0
             else:
-                close(found[..., :3], picture(sheets[strip["sheet"]], cell), 0.01)
-        said = tab.text_content(f"#strips figure:nth-of-type({c + 1}) figcaption")
-        assert said == strip["said"][w][1]
-    mark = tab.locator("#mark").bounding_box()
-    canvas = tab.locator("#strips canvas").first.bounding_box()
+                close(found[..., :3], picture(sheets[sheet], cell), 0.01)
+        said = tab.text_content(f"#strip{c} figcaption")
+        assert said == strip["said"][w * 17 + 1]
+    ticks = tab.locator("#strips small")
+    assert ticks.all_text_contents() == [str(k) for k in range(17)]
+    (marked,) = tab.locator("#strips [aria-current=true]").all_text_contents()
+    assert marked == "1"
+    mark, canvas = (
+        ticks.nth(1).bounding_box(),
+        tab.locator("#strip0 canvas").bounding_box(),
+    )
     close(mark["x"] - canvas["x"], canvas["width"] / 17, 2)
-    close(mark["width"], canvas["width"] / 17, 4)
-    ticks = tab.locator("#strips small").all_text_contents()
-    assert ticks == ["+0", "+4", "+8", "+12", "+16"]
+    close(mark["width"], canvas["width"] / 17, 2)
+
+
+def test_beyond_the_last_column_nothing_is_marked(visit, made, tmp_path):
+    """As where starts are far apart: the numbers are those of the last column."""
+    data = json.loads(made[1].split('id="data">')[1].split("</script>")[0])
+    data["clocks"][0]["column"] = [30] * 21
+    path, dump = tmp_path / "far.html", json.dumps(data)
+    path.write_text(
+        re.sub(r'(?s)(id="data">).*?(</script>)', lambda m: m[1] + dump + m[2], made[1])
+    )
+    tab = visit(path)
+    assert step(tab) == 0
+    assert tab.locator("#strips [aria-current=true]").count() == 0
 
 
 def test_levels_switch_and_blanks_are_said(tab, made):
     data = made[2]
     label = lambda figure: tab.get_attribute(f"#{figure} canvas", "aria-label")
-    tab.evaluate("go(3)")
-    tab.get_by_role("button", name="level 1").click()
-    settle(tab)
-    assert tab.get_attribute("#levels button >> nth=1", "aria-pressed") == "true"
+    go(tab, 3)
+    tab.get_by_role("radio", name="1", exact=True).check()
     assert pixels(tab, "#decoded canvas").max() == 0
-    assert "blank: level 1 acts every 2 steps" in label("decoded")
-    tab.keyboard.press("ArrowRight")
-    settle(tab)
+    assert "blank: level 1 does not act at this step" in label("decoded")
+    tab.keyboard.press("ArrowRight")  # a step, not the next level
+    assert step(tab) == 4
     shown = picture(data["sheets"]["decoded1"], 2)
     close(pixels(tab, "#decoded canvas")[..., :3], shown, 0.01)
     policy = picture(data["sheets"]["policy1"], 2)
     close(pixels(tab, "#policy canvas")[..., :3], policy, 0.01)
     assert "set by level 2 at step 4" in label("goal")
-    ticks = tab.locator("#strips small").all_text_contents()
-    assert ticks == ["+0", "+8", "+16", "+24", "+32"]
     assert tab.locator("#strips canvas:visible").count() == 3
     tab.keyboard.press("2")
-    settle(tab)
-    assert "nobody sets a goal for level 2" in label("goal")
+    assert tab.get_by_role("radio", name="2", exact=True).is_checked()
+    assert "nobody sets level 2 a goal" in label("goal")
+    assert pixels(tab, "#goal canvas").max() == 0
     assert not tab.locator("#closest").is_visible()
 
 
@@ -617,17 +639,18 @@ def test_a_flat_agent_in_the_browser(visit, tmp_path):
         path.write_text(flat_page(steps))
         tab = visit(path)
         tab.keyboard.press("ArrowRight")
-        tab.keyboard.press("1")  # there is no such level
+        for key in "1ax":  # there is no such level, and nothing to choose
+            tab.keyboard.press(key)
         assert step(tab) == min(1, steps - 1)
-        assert tab.locator("#levels button").count() == 1
-        assert not tab.locator("#human").is_visible()
+        assert tab.locator("[name=level]").count() == 1
+        assert not tab.locator("#path").is_visible()
         label = tab.get_attribute("#goal canvas", "aria-label")
-        assert "nobody sets a goal for level 0" in label
+        assert "nobody sets level 0 a goal" in label
         data = read(path.read_text())
         seen = picture(data["sheets"]["seen"], min(1, steps - 1))
         close(pixels(tab, "#seen canvas")[..., :3], seen, 0.01)
         names = [x.split("\n")[0] for x in tab.locator("h3").all_text_contents()]
-        assert names == [x for x in view.CURVES if x in data["levels"][0]["numbers"]]
+        assert names == [x for x in view.CURVES if f"{x} 0" in data["texts"]]
         assert "subgoal reward" not in names
 
 
@@ -638,7 +661,6 @@ def test_a_human_plays_in_imagination(tab, made):
     button = tab.locator("#actions button")
     button.nth(2).click()
     tab.keyboard.press("b")
-    settle(tab)
     first, second = 1 + 2, A * 3 + 1 + 1
     tree, sheet = part["trees"][1], data["sheets"]["branches"]
     shown, w = pixels(tab, "#path canvas")[..., :3], sheet["w"]
@@ -646,57 +668,57 @@ def test_a_human_plays_in_imagination(tab, made):
         found = picture(sheet, tree["first"] + node)
         close(shown[:, i * w : (i + 1) * w], found, 0.01)
     assert shown[:, 3 * w :].max() == 0
-    while button.first.is_enabled():
+    assert shown.shape[1] == w * (part["depth"] + 1)
+    for _ in range(part["depth"]):  # more than are left
         button.first.click()
-        settle(tab)
-    log = json.loads(tab.input_value("#json"))["choices"]
-    assert [x["action"] for x in log[:2]] == [data["actions"][2], data["actions"][1]]
+    log = [x.split(", ") for x in tab.input_value("#log").splitlines()]
     assert len(log) == part["depth"]
-    assert {x["start"] for x in log} == {tree["at"]}
-    close(log[1]["reward"], tree["total"][second] - tree["total"][first], 2e-3)
-    close(log[1]["total"], tree["total"][second])
-    cells = tab.locator("#log tr >> nth=1 >> td").all_text_contents()
-    assert cells == [str(tree["at"]), *map(str, list(log[1].values())[1:])]
-    tab.keyboard.press("Backspace")
-    tab.click("#again")
-    assert tab.locator("#undo").is_disabled()
-    assert len(json.loads(tab.input_value("#json"))["choices"]) == part["depth"] - 1
-    tab.context.grant_permissions(["clipboard-read"])
-    tab.click("#copy")
-    copied = tab.evaluate("navigator.clipboard.readText()")
-    assert copied == tab.input_value("#json")
-    with tab.expect_download() as download:
-        tab.click("#save")
-    kept = json.loads(download.value.path().read_text())
-    assert kept == json.loads(tab.input_value("#json"))
+    names = [data["actions"][a] for a in (2, 1, 0)]
+    assert [x[2] for x in log[:3]] == names
+    assert [x[:2] for x in log] == [
+        [str(tree["at"]), str(k + 1)] for k in range(part["depth"])
+    ]
+    assert ", ".join(log[1][3:]) == tree["said"][second]
+    tab.get_by_role("button", name="x start again").click()
+    close(pixels(tab, "#path canvas")[:, :w, :3], picture(sheet, tree["first"]), 0.01)
+    assert pixels(tab, "#path canvas")[:, w:].max() == 0
+    tab.keyboard.press("a")  # the record goes on
+    log = tab.input_value("#log").splitlines()
+    assert len(log) == part["depth"] + 1
+    assert log[-1].startswith(f"{tree['at']}, 1, {data['actions'][0]}, ")
 
 
-def test_letters_choose_only_where_actions_are_chosen(tab):
-    tab.keyboard.press("a")
-    settle(tab)
-    assert json.loads(tab.input_value("#json"))["choices"] == []
-    tab.focus("#again")
-    tab.keyboard.press("a")
-    settle(tab)
-    assert len(json.loads(tab.input_value("#json"))["choices"]) == 1
+def test_letters_show_what_they_choose(tab):
+    """From the top of the page a letter leads to its button; typing is left alone."""
+    tab.focus("#step")
+    tab.keyboard.press("b")
+    assert len(tab.input_value("#log").splitlines()) == 1
+    focused = "document.activeElement.textContent"
+    assert tab.evaluate(focused).startswith("b ")
+    assert tab.evaluate("scrollY") > 0
+    for place in ("#tree", "#log"):
+        tab.focus(place)
+        tab.keyboard.press("a")
+    tab.keyboard.press("Control+a")
+    assert len(tab.input_value("#log").splitlines()) == 1
 
 
 def test_the_keyboard_reaches_everything_in_order(tab):
+    assert tab.evaluate("document.activeElement.id") == "step"
     order = []
-    for _ in range(8):
+    for _ in range(4):
         tab.keyboard.press("Tab")
         order.append(
             tab.evaluate(
-                "document.activeElement.id || document.activeElement.textContent"
+                "document.activeElement.accessKey || document.activeElement.id"
             )
         )
-    levels = ["level 0", "level 1", "level 2"]
-    assert order == ["run", "step", *levels, "◂ acts", "acts ▸", "span"]
-    settle(tab)
-    unnamed = "canvas, [role=img], input, select, textarea"
-    named = ":not([aria-label], [aria-labelledby], label *, [hidden] *)"
+    assert order == ["0", "whole", "tree", "a"]
+    unnamed = "canvas, [role=img], input, select, textarea, meter"
+    named = ":not([aria-label], [aria-labelledby], label *, [hidden] *, #step)"
     unnamed = ", ".join(x + named for x in unnamed.split(", "))
     assert tab.locator(unnamed).count() == 0
+    assert tab.get_by_role("slider", name="step").count() == 1
     for name in view.CURVES:
         text = tab.locator(f'[id="curve-{name}"]').text_content()
         assert name in text
@@ -706,7 +728,6 @@ def test_the_keyboard_reaches_everything_in_order(tab):
 @pytest.mark.parametrize("width", [380, 1200])
 def test_dark_and_narrow(tab, width):
     tab.set_viewport_size({"width": width, "height": 800})
-    settle(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     paper = lambda: tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper() == "rgb(255, 255, 255)"
