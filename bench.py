@@ -2,7 +2,9 @@
 
 Every time is a median after a first call that compiles; every share is of the speed of
 a large matrix product in the same precision, measured in the same run, so that numbers
-from noisy machines can be compared. FLOPs are matrix products counted in the traced
+from noisy machines can be compared. Every part has a process of its own, so that its
+peak of memory is its own; those of the preset that trains here have the heap that
+train.py gives it. FLOPs are matrix products counted in the traced
 program (cost.py); beside them stands XLA's own count, which enters each loop once.
 """
 
@@ -39,7 +41,7 @@ from config import PRESETS, Config
 from cost import flops, matmul_peak, update_arguments
 from etbs import Replay, StoredCarry, load_carry
 from game import env_step
-from run import Run, keep_compiled, keep_memory
+from run import Run, keep_compiled, one_heap
 from s5wm import Carry, Transition
 from subactor import imagine
 
@@ -292,7 +294,7 @@ def updates_of(config: Config, level: int = 0, entries: int | None = None) -> fl
 
 
 def peak_memory() -> float:
-    """GiB at most so far: of the device where it tells, otherwise of this process."""
+    """GiB at most: of the device where it tells, otherwise of this process."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
@@ -308,6 +310,8 @@ class Bench:
     steps: int = 400
     """Agent steps that are timed end to end."""
     out: Path = Path("results")
+    part: str = ""
+    """Measures only this, in this process, and prints it as JSON."""
 
 
 def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -409,11 +413,39 @@ def draw(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def measure(bench: Bench) -> dict[str, Any]:
+    """One part, with the peaks of speed and memory of this process."""
+    peak = matmul_peak(4096, 5, precision_here("auto"))
+    found = dict(measurements(bench))[bench.part]()
+    return {"found": found, "gflops": peak / 1e9, "GiB": peak_memory()}
+
+
+def measure_elsewhere(part: str, argv: list[str]) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, *argv, "--part", part]
+    as_trained = part.startswith(("end to end", "filling", "batch"))
+    heap = one_heap() if as_trained else {}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | heap
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0."""
+    """Exit code: 0 done, 2 for a part that does not exist."""
     keep_compiled()
     argv = sys.argv[1:] if argv is None else argv
     bench = tyro.cli(Bench, args=argv)
+    # This process leaves the device's memory to those of the parts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    parts = [name for name, _ in measurements(bench)]
+    if bench.part and bench.part not in parts:
+        choice = ", ".join(repr(name) for name in parts)
+        print(f"bench.py: --part {bench.part}: choose {choice}", file=sys.stderr)
+        return 2
+    if bench.part:
+        print(json.dumps(measure(bench)))
+        return 0
     began, device = time.time(), jax.devices()[0].device_kind
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -424,16 +456,18 @@ def main(argv: list[str] | None = None) -> int:
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "seeds": [0],
+        "matmul_gflops": [],
+        "peak GiB": {},
     }
     slug = f"{device}-{os.cpu_count()}-cores".lower().replace(" ", "-")
     bench.out.mkdir(exist_ok=True)
-    path, peaks = bench.out / f"bench_{slug}.json", []
-    for name, measure in measurements(bench):
-        peaks.append(matmul_peak(4096, 5, precision_here("auto")))
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        raw[name] = measure()
-        raw["peak GiB so far"] = raw.get("peak GiB so far", {}) | {name: peak_memory()}
-        raw["matmul_gflops"] = [peak / 1e9 for peak in peaks]
+    path = bench.out / f"bench_{slug}.json"
+    for part in parts:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        measured = measure_elsewhere(part, argv)
+        raw[part] = measured["found"]
+        raw["peak GiB"][part] = measured["GiB"]
+        raw["matmul_gflops"].append(measured["gflops"])
         raw["wall_seconds"] = round(time.time() - began)
         raw["summary"] = summary(with_shares(raw))
         path.write_text(json.dumps(raw, indent=1) + "\n")
@@ -444,5 +478,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
     sys.exit(main())

@@ -405,9 +405,15 @@ def keep_memory() -> None:
     the next update anew: a third of its time. Small worlds have no large arrays, and
     their many small ones are better off with a heap per thread, as usual.
     """
-    wanted = platform.libc_ver()[0] == "glibc" and jax.default_backend() == "cpu"
-    if wanted and not ONE_HEAP.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, os.environ | ONE_HEAP)
+    wanted = one_heap()
+    if not wanted.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | wanted)
+
+
+def one_heap() -> dict[str, str]:
+    """Environment of such a process; empty where it would be of no use."""
+    glibc = platform.libc_ver()[0] == "glibc"
+    return ONE_HEAP if glibc and jax.default_backend() == "cpu" else {}
 
 
 def load_config(folder: Path) -> Config:

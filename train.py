@@ -383,18 +383,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def sees_pictures(argv: list[str]) -> bool:
-    """Whether the game asked for, or resumed, is an Atari game."""
+def wants_one_heap(argv: list[str]) -> bool:
+    """Atari, unless of the published size: there it takes 4 GiB more."""
     named = by_name(argv)
-    try:
-        if "--resume" in named:
-            return not is_small(load_config(Path(named["--resume"])).game)
-    except UsageError:
-        return False
-    return not is_small(named.get("--game", Config.game))
+    game, preset = named.get("--game", Config.game), named.get("--preset", "cpu")
+    if "--resume" in named:
+        try:
+            saved = load_config(Path(named["--resume"]))
+        except UsageError:
+            return False
+        game, preset = saved.game, saved.preset
+    return preset != "atari100k" and not is_small(game)
 
 
 if __name__ == "__main__":
-    if sees_pictures(sys.argv[1:]):
+    if wants_one_heap(sys.argv[1:]):
         keep_memory()
     sys.exit(main())

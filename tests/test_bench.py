@@ -1,5 +1,7 @@
 """The benchmark's own arithmetic: work counted as XLA counts it, shares, the table."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,7 +57,7 @@ def test_filled_replays_differ_only_in_their_contents():
 def test_shares_are_of_the_median_peak():
     phase = {"ms": 2.0, "gflop": 1.0}
     found = {"4 windows of 16": {"level 0": {"update": phase}}}
-    found |= {"peak GiB, 4 windows of 16": 1.0, "matmul_gflops": [900, 1000, 5000]}
+    found |= {"peak GiB": {"4 windows of 16": 1.0}, "matmul_gflops": [900, 1000, 5000]}
     text = bench.table(bench.with_shares(found))
     assert "| 4 windows of 16 | level 0 | update | 2.0 | 1.00 | 50 % |" in text
 
@@ -70,3 +72,25 @@ def test_the_figure_has_a_curve_for_each_measurement(tmp_path):
     }
     bench.draw(found, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def test_a_part_that_does_not_exist_is_refused_in_a_line(capsys):
+    assert bench.main(["--part", "drawing"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'draws'" in error
+
+
+def test_parts_run_in_processes_of_their_own(monkeypatch):
+    """What the process prints last is what was measured; the heap is train.py's."""
+    asked = []
+
+    def answer(command, env, **_):
+        asked.append((command[2:], "MALLOC_ARENA_MAX" in env))
+        return SimpleNamespace(stdout='a warning\n{"GiB": 1.0}\n')
+
+    monkeypatch.setattr(bench, "one_heap", lambda: {"MALLOC_ARENA_MAX": "1"})
+    monkeypatch.setattr(bench.subprocess, "run", answer)
+    for part in ("draws", "batch"):
+        assert bench.measure_elsewhere(part, ["--steps", "9"]) == {"GiB": 1.0}
+    flags = ["--steps", "9", "--part"]
+    assert asked == [([*flags, "draws"], False), ([*flags, "batch"], True)]
