@@ -173,7 +173,7 @@ PROBES: dict[str, Rules] = {
     "catch": Catch(),
     "recall": Recall(),
     "pinpad": PinPad(),
-    "cue": Recall(rewards=((1.0, 1.0), (-1.0, -1.0))),
+    "cue": Recall(rewards=((1.0,), (-1.0,)), actions=1),
     "echo": Echo(),
     "probe-value": Recall(delay=-1, rewards=((1.0,),), actions=1),
     "probe-observation": Recall(delay=-1, rewards=((-1.0,), (1.0,)), actions=1),

@@ -260,8 +260,9 @@ def draw(found: dict, path: Path) -> None:
         elif not losses:
             curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
             draw_curves(column[0], curves, steps, "return of training episodes")
-    if not many:
-        panels[0, 0].legend(frameon=False, title="mean, 95 % interval")
+    drawn = [axes for axes in panels.flat if axes.lines]
+    if drawn and not many:
+        drawn[0].legend(frameon=False, title="mean, 95 % interval")
     figure.savefig(path, dpi=130)
 
 
