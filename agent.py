@@ -72,6 +72,21 @@ class Agent(NamedTuple):
         return tuple(learner.subactor for learner in self.learners)
 
 
+class Listed:
+    """Stands for a pytree in calls of jitted functions, which get that pytree.
+
+    Its leaves are listed once; JAX looks for those of all modules at every call.
+    """
+
+    def __init__(self, tree):
+        self.leaves, self.structure = jax.tree.flatten(tree)
+
+
+jax.tree_util.register_pytree_node(
+    Listed, lambda x: (x.leaves, x.structure), jax.tree.unflatten
+)
+
+
 def make_coders(
     model: ModelConfig, level: int, period: int, obs_shape: tuple, keys
 ) -> tuple[eqx.Module, int, eqx.Module]:

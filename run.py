@@ -24,6 +24,7 @@ from jaxtyping import Array
 import checkpoint
 from agent import (
     Agent,
+    Listed,
     act_and_store,
     act_only,
     init_agents,
@@ -68,7 +69,8 @@ class Run:
 
     `pending` are counts and sums of metrics since the last line, `suspects` metrics and
     replay rows of each level's newest update or, if one was not finite, of the first
-    such. Of several seeds, arrays have an axis of seeds in front.
+    such. Of several seeds, arrays have an axis of seeds in front. `listed` are the
+    learners as they are and what acts of them.
     """
 
     config: Config
@@ -80,6 +82,7 @@ class Run:
     suspects: list[tuple[dict, Array] | None]
     step: int = 0
     seconds: float = 0.0
+    listed: tuple[tuple[Learner, ...], Listed] | None = None
 
     @classmethod
     def start(cls, config: Config, folder: Path) -> "Run":
@@ -120,8 +123,10 @@ class Run:
     def act(self, active: list[bool]) -> list[int]:
         """The towers' answers to what has been seen; it is remembered where active."""
         agent, config = self.agent, self.config
+        if self.listed is None or self.listed[0] is not agent.learners:
+            self.listed = agent.learners, Listed(agent.subactors)
         actions, tower, replays, calls = act_and_store(
-            agent.subactors,
+            self.listed[1],
             agent.tower,
             agent.replays,
             over_seeds([game.seen for game in self.games]),
