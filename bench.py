@@ -332,6 +332,8 @@ def measurements(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     moments = {"all levels act": 0, "level 0 acts": 1}
     yield "acting", lambda: {name: acting(full, at) for name, at in moments.items()}
     yield f"end to end, {preset.preset}", lambda: end_to_end(preset, bench.steps)
+    per_step = lambda n: end_to_end(replace(preset, levels=n), bench.steps)
+    yield "levels", lambda: {n: per_step(n)["ms_per_agent_step"] for n in (1, 2, 3)}
     yield "sequence length", lambda: sequence_forms(full, [64, 256, 1024, 4096])
     yield "draws", lambda: draws([10**n for n in range(3, 8)])
     filling = (10**3, 10**4, 10**5 - 1)
@@ -389,23 +391,24 @@ def table(found: dict) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    """How time grows: with sequence length, replay size, batch and seeds."""
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    panels = figure.subplots(1, 4)
+    """How time grows: with sequence length, replay size, batch, seeds and levels."""
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    panels = figure.subplots(1, 5)
     curves = (
         ("sequence length", "steps of a sequence"),
         ("draws", "entries in the replay"),
         ("batch", "windows per update"),
         ("seeds at once", "seeds in one process"),
+        ("levels", "levels"),
     )
     for axes, (name, label) in zip(panels, curves, strict=True):
         lines = found[name]
         if not isinstance(next(iter(lines.values())), dict):
-            lines = {"update": lines}
+            lines = {"agent step" if name == "levels" else "update": lines}
         for (line, values), colour in zip(lines.items(), COLOURS, strict=False):
             x = [float(n) for n in values]
             axes.loglog(x, values.values(), "o-", color=colour, label=line)
-        if name in ("batch", "seeds at once"):
+        if name in ("batch", "seeds at once", "levels"):
             axes.set(xscale="linear", yscale="linear", xlim=0, ylim=0, xticks=x)
         axes.set(xlabel=label, ylabel="ms" if axes is panels[0] else "")
         axes.spines[["top", "right"]].set_visible(False)
@@ -423,7 +426,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 def measure_elsewhere(part: str, argv: list[str]) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, __file__, *argv, "--part", part]
-    as_trained = part.startswith(("end to end", "filling", "batch"))
+    as_trained = part.startswith(("end to end", "levels", "filling", "batch"))
     heap = one_heap() if as_trained else {}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | heap

@@ -69,6 +69,7 @@ def test_the_figure_has_a_curve_for_each_measurement(tmp_path):
         "draws": {"etbs": curve},
         "batch": curve,
         "seeds at once": curve,
+        "levels": curve,
     }
     bench.draw(found, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5000

@@ -838,7 +838,8 @@ class Bandit(eqx.Module):
 def learn_bandit(payoff, key):
     """Policies (2 goals, 2 actions) after 300 updates; goal i is the code of place i.
 
-    R_0 = r_0 + γ (r_1 + 0): the choice shows in the state after it.
+    The code has 200 updates before: an actor that chose while both goals were still
+    one would not come back. R_0 = r_0 + γ (r_1 + 0): the choice shows in the state after it.
     """
     places = jnp.where(jnp.arange(2 * H).reshape(2, H) % 3 == 0, 1.0, -1.0)
     places = places * jnp.array([[1.0], [-1.0]])
@@ -871,17 +872,20 @@ def learn_bandit(payoff, key):
         S = learner.standardiser(places)
         return jax.vmap(learner.subactor.autoencoder.encode)(S)
 
-    def step(learner, key):
+    def step(learner, inputs):
+        acts, key = inputs
         imagine_key, code_key = jax.random.split(key)
         goal = goals(learner)[jnp.arange(M) % 2]
         rollout = imagine(learner.subactor, nothing, goal, 3, key=imagine_key)
         standardiser = learner.standardiser.update(rollout.h.reshape(-1, H), 0.99)
         learner = eqx.tree_at(lambda x: x.standardiser, learner, standardiser)
-        learner, _ = trainer._learn_behaviour(learner, rollout, goal, jnp.ones(M))
+        better, _ = trainer._learn_behaviour(learner, rollout, goal, jnp.ones(M))
+        learner = jax.tree.map(lambda b, x: jnp.where(acts, b, x), better, learner)
         learner, _ = trainer._learn_code(learner, rollout.h, key=code_key)
         return learner, None
 
-    learner, _ = jax.lax.scan(step, frozen, jax.random.split(key, 300))
+    inputs = jnp.arange(500) >= 200, jax.random.split(key, 500)
+    learner, _ = jax.lax.scan(step, frozen, inputs)
     start = jax.tree.map(lambda x: x[:2], nothing)
     inputs, _, _ = jax.vmap(learner.subactor.policy_input)(start, goals(learner))
     return nets.unimix_probs(jax.vmap(learner.subactor.action_logits)(inputs))[:, 0]
