@@ -839,7 +839,8 @@ def learn_bandit(payoff, key):
     """Policies (2 goals, 2 actions) after 300 updates; goal i is the code of place i.
 
     The code has 200 updates before: an actor that chose while both goals were still
-    one would not come back. R_0 = r_0 + γ (r_1 + 0): the choice shows in the state after it.
+    one would not come back. R_0 = r_0 + γ (r_1 + 0): the choice shows in the state
+    after it.
     """
     places = jnp.where(jnp.arange(2 * H).reshape(2, H) % 3 == 0, 1.0, -1.0)
     places = places * jnp.array([[1.0], [-1.0]])
