@@ -99,6 +99,9 @@ class TrainerConfig:
     """M, start states per update, at most B·T (official: all of them)."""
     discount: Fraction = 0.997
     """γ (official: discount)."""
+    goal_discount: Fraction = 0.75
+    """Times γ for the subgoal reward: 1 - 1/k, since a goal is over after k steps (Δ25)
+    (official: 1)."""
     lambda_: Fraction = 0.95
     """λ of the returns (official: discount_lambda)."""
     entropy_scale: Rate = 3e-4
@@ -115,8 +118,9 @@ class TrainerConfig:
     has weight 0 at level 0, where it is only logged."""
     free_nats: Rate = 1.0
     """Floor of both KL terms, in nats (official: kl_free)."""
-    code_kl_scale: Rate = 0.5
-    """Weight of KL[code ‖ uniform] (official: subgoal_compression.kl_scale)."""
+    code_kl_scale: Rate = 0.01
+    """β, weight of KL[code ‖ uniform]; with 0.5 goals say next to nothing (Δ24)
+    (official: subgoal_compression.kl_scale)."""
     standardise: bool = True
     """Goals live in standardised symlog(h); plain symlog(h) kills the code (Δ23)."""
     world_model_lr: Rate = 1e-4

@@ -246,7 +246,9 @@ def draw(found: dict, path: Path) -> None:
     measure = found["measure"]
     many = measure != "eval score" or max(map(len, tasks.values())) > len(COLOURS)
     rows, n = max(1, len(losses)), len(tasks)
-    width, height = (3.2 if n > 1 else 6.4), (3.6 if many else 2.4 if n > 1 else 3.6)
+    width, height = (3.2, 2.4) if n > 1 else (6.4, 3.6)
+    if many:
+        height = 1.1 + 0.24 * max(map(len, tasks.values()))
     figure = Figure(figsize=(width * n + 1.5 * many, height * rows))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(rows, n, squeeze=False, sharey="row" if many else False)
@@ -264,6 +266,8 @@ def draw(found: dict, path: Path) -> None:
         elif not losses:
             curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
             draw_curves(column[0], curves, steps, "return of training episodes")
+    for axes in panels[:, 1:].flat:
+        axes.set_ylabel("")
     drawn = [axes for axes in panels.flat if axes.lines]
     if drawn and not many:
         drawn[0].legend(frameon=False, title="mean, 95 % interval")

@@ -1,17 +1,19 @@
 """One level of the hierarchy: an actor-critic that learns in imagination.
 
     a_τ ~ π(a | feat_τ, symlog(r̂_τ, ĉ_τ, H[p_τ]), goal)             (SUB 1)
-    R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ ĉ_τ       (SUB 2)
+    R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ_s ĉ_τ     (SUB 2)
     A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s)                 (SUB 3)
-    L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ_j (SUB 4)
+    L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ ĉ_j (SUB 4)
     L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 5)
 
 The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
-critic, λ-return and scale. Nothing is differentiated through the world model.
+critic, λ-return and scale. γ_s is γ, for the subgoal reward γ (1 - 1/k): goals are held
+for k steps, and what comes later does not count towards them. Nothing is
+differentiated through the world model.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
-entropy, Δ13 goals decoded now, Δ15 advantages are normalised.
+entropy, Δ13 goals decoded now, Δ15 advantages are normalised, Δ25 γ_subgoal.
 
 Axes: R rewards, τ imagined time, M start states, G × A action code, Sg × Kg goal
 code, H features of h. The imagined horizon is `horizon` states, start included.
@@ -202,6 +204,7 @@ class Trainer(eqx.Module):
     horizon: int = eqx.field(static=True)
     imagination_starts: int = eqx.field(static=True)
     discount: float = eqx.field(static=True)
+    goal_discount: float = eqx.field(static=True)
     lambda_: float = eqx.field(static=True)
     entropy_scale: float = eqx.field(static=True)
     slow_rate: float = eqx.field(static=True)
@@ -355,8 +358,9 @@ class Trainer(eqx.Module):
         subactor = learner.subactor
         all_rewards = self._rewards(learner, rollout.reward, rollout.h, goal)
         reward = jnp.stack([all_rewards[name] for name in subactor.rewards])
-        discount = self.discount * rollout.cont
-        before = jnp.concatenate([jnp.ones_like(discount[:1]), discount[:-2]])
+        discount = self._discounts(subactor)[:, None, None] * rollout.cont
+        before = self.discount * rollout.cont[:-2]
+        before = jnp.concatenate([jnp.ones_like(rollout.cont[:1]), before])
         weight = alive * jnp.cumprod(before, 0)
         slow = jax.tree.map(
             lambda slow, fast: slow + self.slow_rate * (fast - slow),
@@ -425,15 +429,19 @@ class Trainer(eqx.Module):
         weights = dict(zip(REWARDS, self.reward_weights, strict=True))
         return jnp.array([weights[name] for name in subactor.rewards])
 
+    def _discounts(self, subactor: Subactor) -> Float[Array, " R"]:
+        own = {"subgoal": self.discount * self.goal_discount}
+        return jnp.array([own.get(name, self.discount) for name in subactor.rewards])
+
     def _returns(
         self,
         reward: Float[Array, "R tau M"],
         value: Float[Array, "R tau M"],
-        discount: Float[Array, "tau M"],
+        discount: Float[Array, "R tau M"],
     ) -> Float[Array, "R tau-1 M"]:
         one = lambda r, v, gamma: lambda_return(r, v, gamma, self.lambda_)
         per_start = jax.vmap(one, in_axes=1, out_axes=1)
-        return jax.vmap(per_start, in_axes=(0, 0, None))(reward, value, discount)
+        return jax.vmap(per_start)(reward, value, discount)
 
     def _return_scale(
         self, learner: Learner, returns: Float[Array, "R steps M"]

@@ -2,19 +2,20 @@
 
     S_t = (symlog(h_t) - mean) / std,  running over imagined states  (GOAL 1)
     g = code ~ encode(S),  Ŝ = decode(code)                         (GOAL 2)
-    L = mean (S - Ŝ)² + 0.5 mean_rows KL[code ‖ uniform]            (GOAL 3)
+    L = mean (S - Ŝ)² + β mean_rows KL[code ‖ uniform]              (GOAL 3)
     r_g = max(0, ⟨G, S⟩ / max(‖G‖, ‖S‖)²),  G = decode(goal)        (GOAL 4)
     r_nov = mean (S - Ŝ)²                                           (GOAL 5)
 
 Standardised, because symlog(h) has so little variance that the KL term of (GOAL 3)
 collapses the code: then every goal decodes to the mean of h, and r_g is the same for
-any goal. The slides leave the square out of (GOAL 4), without which it is unbounded.
+any goal. Even then β = 0.5 leaves the code about one nat of the 17 it could hold, and
+goals that say so little cannot be followed. The slides leave the square out of (GOAL 4), without which it is unbounded.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Hafner et al., "Deep
 Hierarchical Planning from Pixels", 2022. Official:
 hieros/models.py, class SubgoalAutoencoder.
 Differs from the official code in: Δ13 goals decoded now, Δ14 novelty in the same space,
-Δ16 final linear layers, Δ23 standardised.
+Δ16 final linear layers, Δ23 standardised, Δ24 β is 0.01, not 0.5.
 
 Axes: M states, H features of h, Sg categoricals × Kg classes of a code.
 """

@@ -46,7 +46,13 @@ CONFIG = replace(
         code_categoricals=SG,
         code_classes=KG,
     ),
-    trainer=replace(TINY.trainer, horizon=HORIZON, imagination_starts=M, slow_rate=0.3),
+    trainer=replace(
+        TINY.trainer,
+        horizon=HORIZON,
+        imagination_starts=M,
+        slow_rate=0.3,
+        goal_discount=0.6,
+    ),
 )
 TRAINER = agent.make_trainer(CONFIG)
 # No scale between a reward and what is learned from it, and other weights.
@@ -688,7 +694,8 @@ def naive_behaviour(trainer, learner, rollout, goal, alive):
         R = value[r, -1]
         for tau in reversed(range(HORIZON - 1)):
             ahead = (1 - trainer.lambda_) * value[r, tau + 1] + trainer.lambda_ * R
-            R = returns[r, tau] = reward[r, tau] + gamma[tau] * ahead
+            kept = trainer.goal_discount if names[r] == "subgoal" else 1.0
+            R = returns[r, tau] = reward[r, tau] + kept * gamma[tau] * ahead
         if trainer.normalise_returns:
             low, high = np.percentile(returns[r], [5, 95])
             keep = trainer.running_decay if learner.updates > 0 else 0
