@@ -81,8 +81,8 @@ STUDIES = {
     "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
     "minatar": Study({game: f"--game minatar/{game}" for game in GAMES}, LEVELS),
     "atari": Study(
-        {game: f"--game {game} --preset cpu --steps 50000" for game in ("Pong", "Krull")},
-        {"3 levels": "--levels 3 --eval-episodes 20"},
+        {game: f"--game {game} --steps 50000" for game in ("Pong", "Krull")},
+        {"3 levels": "--preset cpu --levels 3 --eval-episodes 20"},
     ),
     "losses": Study(SMALL, MODELS, ("loss_observation", "loss_reward", "kl")),
     "ablations": Study(
