@@ -127,6 +127,8 @@ class TrainerConfig:
     """Adam rate of the world model (official: model_lr)."""
     world_model_warmup: Natural = 1000
     """Updates over which that rate rises from 0 (official: warmup_steps)."""
+    world_model_clip: Rate = 1000.0
+    """Bound on the norm of its gradient (official: grad_clip)."""
     actor_critic_lr: Rate = 3e-5
     """Adam rate of actor and critics (official: actor_lr, value_lr)."""
     autoencoder_lr: Rate = 1e-4
@@ -225,6 +227,7 @@ CPU = replace(
         entropy_scale=1e-3,
         world_model_lr=1e-3,
         world_model_warmup=100,
+        world_model_clip=30.0,
         actor_critic_lr=3e-4,
         autoencoder_lr=1e-3,
     ),

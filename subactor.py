@@ -216,6 +216,7 @@ class Trainer(eqx.Module):
     standardise: bool = eqx.field(static=True)
     world_model_lr: float = eqx.field(static=True)
     world_model_warmup: int = eqx.field(static=True)
+    world_model_clip: float = eqx.field(static=True)
     actor_critic_lr: float = eqx.field(static=True)
     autoencoder_lr: float = eqx.field(static=True)
 
@@ -225,7 +226,8 @@ class Trainer(eqx.Module):
 
     @property
     def _world_model_adam(self) -> optax.GradientTransformation:
-        return self._adam(self.world_model_lr, 1e-8, 1000.0, self.world_model_warmup)
+        lr, clip = self.world_model_lr, self.world_model_clip
+        return self._adam(lr, 1e-8, clip, self.world_model_warmup)
 
     @property
     def _actor_critic_adam(self) -> optax.GradientTransformation:
