@@ -143,7 +143,7 @@ class MLP(eqx.Module):
     """`layers` times [Linear, LN, activation], then Linear to the given outputs.
 
     `outputs` None leaves the last Linear out, as encoders do;
-    `zero_init` starts the last layer at zero: a two-hot head then says 0.
+    The last Linear starts `last_scale` times as large: at 0 a two-hot head says 0.
     """
 
     hidden: tuple[RowLinear, ...]
@@ -159,7 +159,7 @@ class MLP(eqx.Module):
         outputs: int | None,
         *,
         activation: Callable = jax.nn.silu,
-        zero_init: bool = False,
+        last_scale: float = 1.0,
         key: PRNGKeyArray,
     ):
         *keys, last_key = jax.random.split(key, layers + 1)
@@ -171,9 +171,8 @@ class MLP(eqx.Module):
         self.norms = tuple(eqx.nn.LayerNorm(width, LAYER_NORM_EPS) for _ in keys)
         self.last = None
         if outputs is not None:
-            self.last = RowLinear(sizes[-1], outputs, key=last_key)
-        if zero_init:
-            self.last = jax.tree.map(jnp.zeros_like, self.last)
+            last = RowLinear(sizes[-1], outputs, key=last_key)
+            self.last = jax.tree.map(lambda x: last_scale * x, last)
         self.activation = activation
 
     def __call__(self, x: Float[Array, " inputs"]) -> Float[Array, " outputs"]:

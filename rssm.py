@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from nets import LAYER_NORM_EPS, MLP, mode_onehot, sample_onehot
-from s5wm import Carry, Heads, Latent, Observation, Transition
+from s5wm import POSTERIOR_SCALE, Carry, Heads, Latent, Observation, Transition
 
 
 class RSSM(eqx.Module):
@@ -52,7 +52,9 @@ class RSSM(eqx.Module):
         flat_z = z_shape[0] * z_shape[1]
         inputs = flat_z + action_shape[0] * action_shape[1]
         self.encoder, self.heads = encoder, heads
-        self.posterior = MLP(embed + features, width, 1, flat_z, key=keys[0])
+        self.posterior = MLP(
+            embed + features, width, 1, flat_z, last_scale=POSTERIOR_SCALE, key=keys[0]
+        )
         self.W_in = eqx.nn.Linear(inputs, features, key=keys[1])
         self.norm_in = eqx.nn.LayerNorm(features, LAYER_NORM_EPS)
         self.gru = eqx.nn.GRUCell(features, features, key=keys[2])

@@ -9,11 +9,14 @@
     ô_t, r̂_t, ĉ_t from feat_t = [z_t; h_t]                          (WM 7)
     L = L_pred + 0.5 max(f, KL[sg q ‖ p]) + 0.1 max(f, KL[q ‖ sg p])  (WM 8)
 
-r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1.
+r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1. The logits of
+q start with a spread of about 2: a code that says something from the start is one that
+the decoder learns to read, instead of drawing from h alone.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official: hieros/
 networks.py; hieros/models.py, class WorldModel. Differs from the official code in:
-Δ1 alignment of actions, Δ2 the last reward counts, Δ10 features, Δ11 z windows.
+Δ1 alignment of actions, Δ2 the last reward counts, Δ10 features, Δ11 z windows, Δ26 q
+starts sharp.
 
 Axes: B batch, T time, S categoricals × K classes of z, G × A groups × classes of an
 action, N layers, P states, H features of h, F = S·K + H. h is not the axis H.
@@ -48,6 +51,7 @@ from nets import (
 )
 from s5 import S5Stack
 
+POSTERIOR_SCALE = 6.0
 Observation = UInt8[Array, "*T h w c"] | Window
 
 
@@ -176,7 +180,9 @@ class S5WM(eqx.Module):
         flat_z = z_shape[0] * z_shape[1]
         flat_action = action_shape[0] * action_shape[1]
         self.encoder, self.heads = encoder, heads
-        self.posterior = MLP(embed, width, 1, flat_z, key=next(keys))
+        self.posterior = MLP(
+            embed, width, 1, flat_z, last_scale=POSTERIOR_SCALE, key=next(keys)
+        )
         self.W_in = eqx.nn.Linear(flat_z + flat_action, features, key=next(keys))
         self.norm_in = eqx.nn.LayerNorm(features, LAYER_NORM_EPS)
         self.m_init = jax.random.normal(next(keys), (features,))

@@ -301,6 +301,23 @@ def test_observations_change_z():
     assert (runs[1:] != runs[:-1]).any((-1, -2)).mean() > 0.4
 
 
+@pytest.mark.parametrize("kind", ["s5", "rssm"])
+def test_the_posterior_says_something_from_the_start(kind):
+    """Δ26. An untrained one tells pictures apart, and is sure of what it says."""
+    config = replace(CONFIG, world_model=kind)
+    make = agent.make_subactor
+    parts = jax.vmap(lambda k: make(config, 0, PICTURE, ACTIONS, k).world_model)
+    model = jax.jit(parts)(jax.random.split(jax.random.key(0), 64))
+    obs = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, *PICTURE)) * 255)
+    see = lambda model, o: model.posterior(
+        jnp.concatenate([model.encoder(o), *[jnp.zeros(H)] * (kind == "rssm")])
+    )
+    logits = jax.vmap(jax.vmap(see, (None, 0)), (0, None))(model, obs.astype(jnp.uint8))
+    assert logits.std() > 1
+    codes = logits.reshape(64, 2, S, K).argmax(-1)
+    assert (codes[:, 0] != codes[:, 1]).any(-1).mean() > 0.5
+
+
 def test_an_episode_starts_from_a_learned_z_and_an_empty_memory():
     model, (steps, carry) = world_model(0), draw(0, 0)
     start = model.init_carry()
