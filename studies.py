@@ -79,6 +79,16 @@ STUDIES = {
         measure="cue read from the state",
     ),
     "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
+    "goals": Study(
+        {"pinpad": "--game pinpad --steps 10000"},
+        {
+            "3 levels, as they are": "--levels 3",
+            "code KL weight 0.5": "--levels 3 --trainer.code-kl-scale 0.5",
+            "goals never end": "--levels 3 --trainer.goal-discount 1",
+            "both": "--levels 3 --trainer.code-kl-scale 0.5 --trainer.goal-discount 1",
+            "plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
+        },
+    ),
     "minatar": Study({game: f"--game minatar/{game}" for game in GAMES}, LEVELS),
     "atari": Study(
         {game: f"--game {game} --steps 50000" for game in ("Pong", "Krull")},
