@@ -53,7 +53,7 @@ MODELS = {"S5": "--levels 1", "RSSM": "--levels 1 --world-model rssm"}
 SMALL = {
     "Breakout": "--game minatar/breakout --steps 10000",
     "Space Invaders": "--game minatar/space_invaders --steps 10000",
-    "catch": "--game catch --steps 6000",
+    "catch": "--game catch --steps 10000",
     "recall": "--game recall --steps 15000 --updates-per-step 1",
 }
 # The same number of updates for every delay: more steps, fewer updates for each.
