@@ -134,7 +134,7 @@ def make_subactor(
     layers, width = model.head_layers, model.width
     heads = Heads(
         decoder,
-        reward=MLP(feat, width, layers, BINS, last_scale=0, key=keys[2]),
+        reward=MLP(feat, width, layers, BINS, last_scale=0.0, key=keys[2]),
         cont=MLP(feat, width, layers, 1, key=keys[3]),
     )
     sizes = {

@@ -96,7 +96,7 @@ class Subactor(eqx.Module):
         self.world_model, self.autoencoder = world_model, autoencoder
         self.actor = MLP(inputs, width, layers, actions, key=actor_key)
         self.critics = eqx.filter_vmap(
-            lambda key: MLP(inputs, width, layers, BINS, last_scale=0, key=key)
+            lambda key: MLP(inputs, width, layers, BINS, last_scale=0.0, key=key)
         )(jax.random.split(critic_key, len(rewards)))
         self.rewards, self.action_shape = rewards, action_shape
         self.goal_shape = goal_shape

@@ -221,7 +221,7 @@ def test_mlp_is_linear_norm_activation_then_linear():
 
 
 def test_a_twohot_head_that_starts_at_zero_says_zero():
-    head = MLP(6, 8, 2, 255, last_scale=0, key=jax.random.key(0))
+    head = MLP(6, 8, 2, 255, last_scale=0.0, key=jax.random.key(0))
     logits = jax.vmap(head)(normal(0, B, 6))
     np.testing.assert_array_equal(logits, 0)
     close(twohot_mean(logits), 0)
