@@ -20,7 +20,7 @@ import agent
 import nets
 import probes
 from config import PRESETS, TINY
-from s5wm import Carry, Transition, world_model_loss
+from s5wm import POSTERIOR_SCALE, Carry, Transition, world_model_loss
 
 B, T, S, K, H, N, P, PERIOD, ACTIONS = 2, 6, 3, 4, 16, 2, 8, 2, 4
 CONFIG = replace(
@@ -72,7 +72,8 @@ def opinionated(level):
     """A prior and a posterior that disagree, by more or by less than 1 nat."""
     where = lambda m: (m.prior.last.weight, m.posterior.last.weight)
     model = world_model(level)
-    return eqx.tree_at(where, model, tuple(2 * weight for weight in where(model)))
+    prior, posterior = where(model)
+    return eqx.tree_at(where, model, (2 * prior, 2 / POSTERIOR_SCALE * posterior))
 
 
 def draw(level, key, *batch):
