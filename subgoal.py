@@ -8,8 +8,8 @@
 
 Standardised, because symlog(h) has so little variance that the KL term of (GOAL 3)
 collapses the code: then every goal decodes to the mean of h, and r_g is the same for
-any goal. Even then β = 0.5 leaves the code about one nat of the 17 it could hold, and
-goals that say so little cannot be followed. The slides leave the square out of
+any goal. Even then β = 0.5 leaves the code one to three nats of the 17 it could hold,
+and goals that say so little cannot be followed. The slides leave the square out of
 (GOAL 4), without which it is unbounded.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Hafner et al., "Deep
