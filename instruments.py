@@ -110,7 +110,7 @@ def examine(config: Config, learner: Learner, level: LevelPlay, ended: bool) -> 
     steps, latent, thoughts = level.steps, level.latent, level.thoughts
     reward = np.asarray(steps.reward)
     prior_z = mode_onehot(unimix_probs(latent.prior))
-    alive = config.trainer.discount * (1.0 - np.asarray(steps.is_terminal, float))
+    gamma = config.trainer.discount * (1.0 - np.asarray(steps.is_terminal, float))
     found = {
         "surprise": surprise_by_age(thoughts.surprise, config.length),
         "reward, frame seen": detection(
@@ -124,7 +124,7 @@ def examine(config: Config, learner: Learner, level: LevelPlay, ended: bool) -> 
     size, names = {}, learner.subactor.rewards
     for name, scale in zip(names, np.asarray(learner.return_scale), strict=True):
         r, V = np.asarray(thoughts.rewards[name]), np.asarray(thoughts.values[name])
-        discount = alive * (config.trainer.goal_discount if name == "subgoal" else 1.0)
+        discount = gamma * (config.trainer.goal_discount if name == "subgoal" else 1.0)
         came = realised(r, discount, 0.0 if ended else V[-1])
         found[f"critic {name}"] = calibration(V, came)
         R = np.asarray(

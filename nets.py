@@ -142,7 +142,7 @@ class RowLinear(eqx.nn.Linear):
 class MLP(eqx.Module):
     """`layers` times [Linear, LN, activation], then Linear to the given outputs.
 
-    `outputs` None leaves the last Linear out, as encoders do;
+    `outputs` None leaves the last Linear out, as encoders do.
     The last Linear starts `last_scale` times as large: at 0 a two-hot head says 0.
     """
 

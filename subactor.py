@@ -7,9 +7,9 @@
     L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 5)
 
 The three rewards s, extrinsic, subgoal and novelty, are kept apart: each has its own
-critic, λ-return and scale. γ_s is γ, for the subgoal reward γ (1 - 1/k): goals are held
-for k steps, and what comes later does not count towards them. Nothing is
-differentiated through the world model.
+critic, λ-return and scale. γ_s is γ, times `goal_discount` for the subgoal reward:
+goals are held for k steps, and what comes later does not count towards them. Nothing
+is differentiated through the world model.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
