@@ -143,13 +143,10 @@ def run_one(flags: str, seed: int, core: int) -> None:
     )
     with open(f"{folder}.log", "a") as log:
         print(f"commit {commit.stdout.strip()}", file=log, flush=True)
-        subprocess.run(
-            command,
-            stdout=log,
-            stderr=log,
-            check=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
+        with subprocess.Popen(command, stdout=log, stderr=log) as process:
+            os.sched_setaffinity(process.pid, {core})
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def run_all(jobs: list[tuple[str, int]]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-import sys
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,24 +111,37 @@ def test_figures_say_their_numbers():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "none"]
 
 
-def test_a_run_is_resumed_if_begun_and_read_if_done(runs, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        studies.subprocess,
-        "run",
-        lambda command, **_: calls.append(command) or type("R", (), {"stdout": "abc"}),
-    )
-    flags, folder = "--game catch", studies.folder_of("--game catch", 1)
-    started = lambda: [c for c in calls if c[0] == sys.executable]
-    studies.run_one(flags, 1, 0)
-    assert started()[0][2:] == [*flags.split(), "--seed", "1", "--run-dir", str(folder)]
+# In place of train.py: prints its flags and its cores, fails on request.
+TRAIN = """
+import json, os, sys, time
+time.sleep(0.5)
+print(json.dumps([sys.argv[1:], list(os.sched_getaffinity(0))]))
+sys.exit("none" in sys.argv)
+"""
+
+
+def test_a_run_is_resumed_if_begun_and_read_if_done(runs, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    flags, core = "--game catch", max(os.sched_getaffinity(0))
+    folder = studies.folder_of(flags, 1)
+
+    def started():
+        log = Path(f"{folder}.log").read_text().splitlines()
+        return [json.loads(line) for line in log if not line.startswith("commit")]
+
+    studies.run_one(flags, 1, core)
+    arguments = [*flags.split(), "--seed", "1", "--run-dir", str(folder)]
+    assert started() == [[arguments, [core]]]
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    studies.run_one(flags, 1, 0)
-    assert started()[1][2:] == ["--resume", str(folder)]
+    studies.run_one(flags, 1, core)
+    assert started()[1:] == [[["--resume", str(folder)], [core]]]
     (folder / "result.json").write_text("{}")
-    studies.run_one(flags, 1, 0)
+    studies.run_one(flags, 1, core)
     assert len(started()) == 2
+    with pytest.raises(subprocess.CalledProcessError):
+        studies.run_one("--game none", 1, core)
 
 
 def test_an_unknown_study_is_one_line(capsys):
