@@ -242,8 +242,8 @@ MINATAR = replace(
     log_every=1_000,
     checkpoint_every=25_000,
     model=ModelConfig(
-        z_categoricals=8,
-        z_classes=8,
+        z_categoricals=16,
+        z_classes=16,
         features=128,
         layers=4,
         states=32,
@@ -270,7 +270,14 @@ PROBE = replace(
     steps=10_000,
     eval_episodes=100,
     log_every=250,
-    model=replace(MINATAR.model, features=64, states=16, vector_width=64),
+    model=replace(
+        MINATAR.model,
+        z_categoricals=8,
+        z_classes=8,
+        features=64,
+        states=16,
+        vector_width=64,
+    ),
     trainer=replace(
         MINATAR.trainer,
         horizon=10,
