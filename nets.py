@@ -346,12 +346,15 @@ class ImageDecoder(eqx.Module):
 
 
 class FlatEncoder(eqx.Module):
-    """A small picture as a vector through an MLP, for worlds too small for patches."""
+    """A small picture as a vector through an MLP, for worlds too small for patches.
+
+    Background is 0, not -0.5: hundreds of equal pixels would drown the few that differ.
+    """
 
     mlp: MLP
 
     def __call__(self, image: UInt8[Array, "h w c"]) -> Float[Array, " embed"]:
-        return self.mlp(image.reshape(-1) / 255.0 - 0.5)
+        return self.mlp(image.reshape(-1) / 255.0)
 
 
 class FlatDecoder(eqx.Module):

@@ -348,7 +348,7 @@ def test_flat_and_window_coders_flatten_in_reading_order():
     identity = eqx.tree_at(lambda m: (m.last.weight, m.last.bias), identity, linear)
     picture = jnp.array([[0, 51], [102, 255]], jnp.uint8)[..., None]
     code = nets.FlatEncoder(identity)(picture)
-    close(code, np.array([0, 0.2, 0.4, 1]) - 0.5)
+    close(code, np.array([0, 0.2, 0.4, 1]))
     close(nets.FlatDecoder(identity, (2, 2, 1))(code)[..., 0], code.reshape(2, 2))
 
     wide = MLP(10, 1, 0, 10, key=jax.random.key(0))
