@@ -13,6 +13,7 @@ resumed, one that is finished is read. Each run has one core to itself.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,13 +37,15 @@ RUNS = Path("runs/studies")
 class Study(NamedTuple):
     """Flags of train.py by task and by arm; what is measured; losses to be drawn.
 
-    `measure` is the evaluation score or one of memory.py.
+    `measure` is the evaluation score or one of memory.py. `pictures` of each
+    task's first run are kept beside the numbers.
     """
 
     tasks: dict[str, str]
     arms: dict[str, str]
     losses: tuple[str, ...] = ()
     measure: str = "eval score"
+    pictures: tuple[str, ...] = ()
 
     def flags(self, task: str, arm: str) -> str:
         return f"{self.tasks[task]} {self.arms[arm]}"
@@ -93,6 +96,7 @@ STUDIES = {
     "atari": Study(
         {game: f"--game {game} --steps 50000" for game in ("Pong", "Krull")},
         {"3 levels": "--preset cpu --levels 3 --eval-episodes 20"},
+        pictures=("open_loop.png",),
     ),
     "losses": Study(SMALL, MODELS, ("loss_observation", "loss_reward", "kl")),
     "ablations": Study(
@@ -368,6 +372,11 @@ def main(
     (out / f"{study}.json").write_text(json.dumps(found, indent=1))
     (out / f"{study}.md").write_text(table(found))
     draw(found, out / f"{study}.png")
+    for task, arms in found["tasks"].items():
+        first = next(iter(arms.values()))
+        for name in asked.pictures if first["runs"] else ():
+            folder = folder_of(first["flags"], first["runs"][0]["seed"])
+            shutil.copy(folder / "pictures" / name, out / f"{study}_{task}_{name}")
     print(table(found), end="")
     return 0
 

@@ -23,7 +23,10 @@ def runs(tmp_path, monkeypatch):
 
 
 def finish(flags, seed, score, returns=(0.0, 1.0), losses=(), minutes=2.0):
-    """A finished run of 80 steps: episodes at steps 1, 3, ..., each of two bins."""
+    """A finished run of 80 steps: episodes at steps 1, 3, ..., each of two bins.
+
+    Returns its folder.
+    """
     folder = studies.folder_of(flags, seed)
     folder.mkdir()
     result = dict.fromkeys(studies.KEPT) | {"seed": seed, "steps": 80}
@@ -35,6 +38,7 @@ def finish(flags, seed, score, returns=(0.0, 1.0), losses=(), minutes=2.0):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     (folder.parent / f"{folder.name}.log").write_text("commit abc\nrun\ncommit abc\n")
+    return folder
 
 
 def test_equal_flags_are_one_run_and_others_another():
@@ -81,11 +85,14 @@ def test_interval_of_known_values():
 def test_a_report_shows_what_is_missing_and_starts_nothing(
     runs, tmp_path, monkeypatch, capsys
 ):
-    study = Study({"one": "--game catch", "two": "--game recall"}, {"a": "", "b": "-x"})
+    tasks = {"one": "--game catch", "two": "--game recall"}
+    study = Study(tasks, {"a": "", "b": "-x"}, pictures=("dream.png",))
     monkeypatch.setitem(STUDIES, "catch", study)
     monkeypatch.setattr(studies, "run_all", lambda jobs: pytest.fail("started"))
     for seed, score in enumerate((0.0, 1.0)):
-        finish(study.flags("one", "a"), seed, score)
+        pictures = finish(study.flags("one", "a"), seed, score) / "pictures"
+        pictures.mkdir()
+        (pictures / "dream.png").write_bytes(bytes([seed]))
     assert studies.main("catch", seeds=2, report=True, out=tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert lines[0].startswith("| one | a | 0.50 [0.00, 1.00] | 0.00 1.00 | 2.0 |")
@@ -94,6 +101,8 @@ def test_a_report_shows_what_is_missing_and_starts_nothing(
     assert found["commit"] == "abc" and found["seeds"] == [0, 1]
     assert found["summary"].endswith("one, a: 0.50 [0.00, 1.00]")
     assert (tmp_path / "catch.png").stat().st_size > 1000
+    copied = {path.name: path.read_bytes() for path in tmp_path.glob("catch_*")}
+    assert copied == {"catch_one_dream.png": b"\0"}
 
 
 def test_figures_say_their_numbers():
