@@ -1,17 +1,19 @@
 """Why a trained agent does what it does: numbers of each level, from episodes it plays.
 
-    G_t = Σ_{s ≥ t} γ^{s-t} r_s  to the episode's end                (INS 1)
+    G_t = Σ_{t ≤ s < e} γ^{s-t} r_s + γ^{e-t} V_e                    (INS 1)
     A_t = (R_t - V_t) / scale · weight,  share = mean |A_r| / Σ_r' mean |A_r'|  (INS 2)
 
 `python instruments.py RUN_DIR` prints them and writes RUN_DIR/instruments.json. They
 answer: does surprise grow beyond the windows it was trained on? Are rewards foreseen?
 Which reward moves the actor? Are goals reached, more than goals of other times? Does
-the code say anything? Do critics predict what comes?
+the code say anything? Do critics predict what comes? e is the last row of the episode,
+for the subgoal reward of the goal; a terminal is worth its reward instead of V_e.
 
 Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,15 +34,18 @@ from subactor import REWARDS, Learner, lambda_return
 from subgoal import autoencoder_loss, subgoal_reward
 
 Rows = Float[np.ndarray, " n"]
+Columns = dict[str, np.ndarray]  # rows of different stretches, by name
 Numbers = dict[str, float | int | None]
 
 
-def surprise_by_age(surprise: Rows, length: int) -> Numbers:
+def surprise_by_age(surprise: Rows, age: Rows, length: int) -> Numbers:
     """Mean KL in nats of rows by their age in windows of training, T = `length`."""
-    T, n = length, len(surprise)
+    T = length
     edges = {"to T/2": (0, T // 2), "to T": (T // 2, T), "to 2T": (T, 2 * T)}
-    edges["later"] = (2 * T, max(n, 2 * T))
-    parts = {name: surprise[a:b] for name, (a, b) in edges.items()}
+    edges["later"] = (2 * T, math.inf)
+    parts = {
+        k: surprise[(low <= age) & (age < high)] for k, (low, high) in edges.items()
+    }
     return {name: float(x.mean()) if len(x) else None for name, x in parts.items()}
 
 
@@ -82,20 +87,25 @@ def calibration(value: Rows, returns: Rows) -> Numbers:
 
 def goal_reached(
     goal: Float[np.ndarray, "n H"], state: Float[np.ndarray, "n H"], length: int
-) -> Numbers:
-    """r_g where a goal begins, at its last own step, and there for other goals."""
-    starts = np.arange(0, len(goal) - length + 1, length)
-    reward = jax.jit(jax.vmap(subgoal_reward))
-    if len(starts) < 2:
-        return {"goals": len(starts), "begin": None, "end": None, "end_others": None}
-    ends = starts + length - 1
-    other = np.roll(goal[starts], len(starts) // 2, axis=0)
+) -> Columns:
+    """r_g where each goal begins, after its last action, and there for other goals."""
+    starts = np.arange(0, len(goal) - length, length)
+    ends = starts + length
+    other = np.roll(starts, len(starts) // 2)
+    pairs = {"begin": (starts, starts), "end": (starts, ends)}
+    if len(starts) > 1:
+        pairs["end_others"] = (other, ends)
     return {
-        "goals": len(starts),
-        "begin": float(reward(goal[starts], state[starts]).mean()),
-        "end": float(reward(goal[starts], state[ends]).mean()),
-        "end_others": float(reward(other, state[ends]).mean()),
+        k: np.asarray(reward_of_goals(goal[g], state[s])) for k, (g, s) in pairs.items()
     }
+
+
+def stretches(n: int, length: int) -> list[slice]:
+    """n rows cut into parts of `length` rows, the last one shorter, none of one row."""
+    return [slice(i, min(i + length, n)) for i in range(0, n - 1, length)]
+
+
+reward_of_goals = jax.jit(jax.vmap(subgoal_reward))
 
 
 @jax.jit
@@ -105,57 +115,95 @@ def predicted_rewards(learner: Learner, z, h) -> Float[jax.Array, " n"]:
     return twohot_mean(jax.vmap(learner.subactor.world_model.heads.reward)(feat))
 
 
-def examine(config: Config, learner: Learner, level: LevelPlay, ended: bool) -> dict:
-    """All instruments on one level of one episode."""
-    steps, latent, thoughts = level.steps, level.latent, level.thoughts
-    reward = np.asarray(steps.reward)
+def model_rows(learner: Learner, level: LevelPlay) -> Columns:
+    """An episode's rewards beside those predicted; surprise and age of its rows."""
+    latent, surprise = level.latent, np.asarray(level.thoughts.surprise)
     prior_z = mode_onehot(unimix_probs(latent.prior))
-    gamma = config.trainer.discount * (1.0 - np.asarray(steps.is_terminal, float))
-    found = {
-        "surprise": surprise_by_age(thoughts.surprise, config.length),
-        "reward, frame seen": detection(
-            reward, np.asarray(predicted_rewards(learner, latent.z, latent.h))
-        ),
-        "reward, frame foreseen": detection(
-            reward, np.asarray(predicted_rewards(learner, prior_z, latent.h))
-        ),
+    return {
+        "age": np.arange(float(len(surprise))),
+        "surprise": surprise,
+        "reward": np.asarray(level.steps.reward),
+        "seen": np.asarray(predicted_rewards(learner, latent.z, latent.h)),
+        "foreseen": np.asarray(predicted_rewards(learner, prior_z, latent.h)),
     }
-    weights = dict(zip(REWARDS, config.trainer.reward_weights, strict=True))
-    size, names = {}, learner.subactor.rewards
-    for name, scale in zip(names, np.asarray(learner.return_scale), strict=True):
-        r, V = np.asarray(thoughts.rewards[name]), np.asarray(thoughts.values[name])
-        discount = gamma * (config.trainer.goal_discount if name == "subgoal" else 1.0)
-        came = realised(r, discount, 0.0 if ended else V[-1])
-        found[f"critic {name}"] = calibration(V, came)
-        R = np.asarray(
-            lambda_return(*map(jnp.asarray, (r, V, discount)), config.trainer.lambda_)
-        )
-        advantage = weights[name] * (R - V[:-1]) / max(1.0, scale)  # (INS 2)
-        size[name] = np.abs(advantage).mean()
+
+
+def critic(
+    reward: Rows, value: Rows, discount: Rows, terminal: np.ndarray, lambda_: float
+) -> Columns:
+    """V_t, G_t and R_t of the rows of a stretch but the last, whose worth closes it.
+
+    That is its value, or after a terminal nothing but its reward: a stretch that is
+    merely cut goes on, as critics learn (Δ3).
+    """
+    after = float(reward[-1] if terminal[-1] else value[-1])
+    value = np.append(value[:-1], after)
+    steps = map(jnp.asarray, (reward, value, discount))
+    return {
+        "value": value[:-1],
+        "came": realised(reward[:-1], discount[:-1], after),
+        "lambda": np.asarray(lambda_return(*steps, lambda_)),
+    }
+
+
+def critic_rows(config: Config, level: LevelPlay, name: str) -> Columns:
+    """`critic` of an episode; for the subgoal reward goal by goal, as it learns."""
+    terminal = np.asarray(level.steps.is_terminal)
+    discount = config.trainer.discount * (1.0 - terminal)
+    length = max(2, len(terminal))
+    if name == "subgoal":
+        discount, length = discount * config.trainer.goal_discount, config.period
+    reward, value = (
+        np.asarray(x[name]) for x in (level.thoughts.rewards, level.thoughts.values)
+    )
+    return joined(
+        [
+            critic(
+                reward[i], value[i], discount[i], terminal[i], config.trainer.lambda_
+            )
+            for i in stretches(len(terminal), length)
+        ]
+    )
+
+
+def joined(parts: list[Columns]) -> Columns:
+    """Rows of several stretches or episodes behind one another, by name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {k: np.concatenate([x[k] for x in parts if k in x]) for k in names}
+
+
+def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
+    """All instruments on one level, rows of all episodes counted alike."""
+    subactor, trainer = learner.subactor, config.trainer
+    model = joined([model_rows(learner, level) for level in levels])
+    found = {
+        "surprise": surprise_by_age(model["surprise"], model["age"], config.length),
+        "reward, frame seen": detection(model["reward"], model["seen"]),
+        "reward, frame foreseen": detection(model["reward"], model["foreseen"]),
+    }
+    weights, size = dict(zip(REWARDS, trainer.reward_weights, strict=True)), {}
+    scales = np.asarray(learner.return_scale)
+    for name, scale in zip(subactor.rewards, scales, strict=True):
+        rows = joined([critic_rows(config, level, name) for level in levels])
+        found[f"critic {name}"] = calibration(rows["value"], rows["came"])
+        advantage = (rows["lambda"] - rows["value"]) / max(1.0, scale)  # (INS 2)
+        size[name] = weights[name] * np.abs(advantage).mean()
     total = sum(size.values()) or 1.0
     found["share of the advantage"] = {k: float(x / total) for k, x in size.items()}
-    if thoughts.goal is not None:
-        found["goal"] = goal_reached(thoughts.goal, thoughts.state, config.period)
-    if learner.subactor.autoencoder is not None:
+    if levels[0].thoughts.goal is not None:
+        thoughts = [level.thoughts for level in levels]
+        goals = joined([goal_reached(x.goal, x.state, config.period) for x in thoughts])
+        found["goal"] = {"goals": len(goals["begin"])} | {
+            k: float(x.mean()) if len(x) else None for k, x in goals.items()
+        }
+    if subactor.autoencoder is not None:
         _, health = autoencoder_loss(
-            learner.subactor.autoencoder,
-            jnp.asarray(thoughts.state),
-            kl_scale=config.trainer.code_kl_scale,
+            subactor.autoencoder,
+            jnp.concatenate([level.thoughts.state for level in levels]),
+            kl_scale=trainer.code_kl_scale,
             key=jax.random.key(0),
         )
         found["code"] = {k: float(x) for k, x in health.items() if "loss" not in k}
-    return found
-
-
-def mean(parts: list[dict]) -> dict:
-    """Numbers of several episodes averaged, None where none of them has one."""
-    found = {}
-    for name, value in parts[0].items():
-        values = [part[name] for part in parts if part.get(name) is not None]
-        if isinstance(value, dict):
-            found[name] = mean(values)
-        else:
-            found[name] = float(np.mean(values)) if values else None
     return found
 
 
@@ -171,13 +219,10 @@ def main(
     played: list[Episode] = [
         episode(config, learners, steps, seed=seed) for seed in range(episodes)
     ]
-    found = {}
-    for i, learner in enumerate(learners):
-        parts = [
-            examine(config, learner, one.levels[i], bool(one.is_last[-1]))
-            for one in played
-        ]
-        found[f"level {i}"] = mean(parts)
+    found = {
+        f"level {i}": examine(config, learner, [one.levels[i] for one in played])
+        for i, learner in enumerate(learners)
+    }
     for level, parts in found.items():
         for name, numbers in parts.items():
             shown = {k: "-" if x is None else f"{x:.3g}" for k, x in numbers.items()}

@@ -12,13 +12,14 @@ import train
 
 def test_shape_hook_is_live():
     with pytest.raises(TypeCheckError):
-        instruments.surprise_by_age(np.zeros((2, 2)), 4)
+        instruments.surprise_by_age(np.zeros((2, 2)), np.zeros(4), 4)
 
 
-def test_surprise_by_age_of_a_row():
-    found = instruments.surprise_by_age(np.arange(10.0), 4)
-    assert found == {"to T/2": 0.5, "to T": 2.5, "to 2T": 5.5, "later": 8.5}
-    assert instruments.surprise_by_age(np.arange(4.0), 4)["to 2T"] is None
+def test_surprise_by_age_of_two_episodes():
+    age = np.concatenate([np.arange(10.0), np.arange(2.0)])
+    found = instruments.surprise_by_age(np.arange(12.0), age, 4)
+    assert found == {"to T/2": 22 / 4, "to T": 2.5, "to 2T": 5.5, "later": 8.5}
+    assert instruments.surprise_by_age(age[:4], age[:4], 4)["to 2T"] is None
 
 
 def test_rewards_are_recognised_with_their_sign():
@@ -37,6 +38,26 @@ def test_realised_returns():
     np.testing.assert_allclose(open_end, [3, 4, 8])
 
 
+@pytest.mark.parametrize("over", [True, False])
+def test_a_critic_of_a_game_that_ends_or_is_cut(over):
+    """Reward 1 for ever, γ = 1/2: worth 2; as the last of a game it is worth 1."""
+    terminal = np.array([False, False, over])
+    found = instruments.critic(
+        np.ones(3), np.full(3, 2.0), 0.5 * (1.0 - terminal), terminal, 0.95
+    )
+    np.testing.assert_allclose(found["came"], [1.75, 1.5] if over else [2, 2])
+    np.testing.assert_allclose(found["lambda"][1], 1.5 if over else 2)
+    np.testing.assert_allclose(found["value"], [2, 2])
+
+
+def test_stretches_of_goals():
+    parts = [list(range(9))[part] for part in instruments.stretches(9, 4)]
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    parts = [list(range(6))[part] for part in instruments.stretches(6, 4)]
+    assert parts == [[0, 1, 2, 3], [4, 5]]
+    assert instruments.stretches(1, 4) == []
+
+
 def test_a_critic_that_is_right_up_to_a_shift():
     returns = np.array([0.0, 1, 2, 3])
     found = instruments.calibration(returns + 5, returns)
@@ -46,18 +67,24 @@ def test_a_critic_that_is_right_up_to_a_shift():
 
 
 def test_goals_that_are_reached_and_those_of_others():
-    """Two goals, orthogonal; each state ends at its own."""
-    goal = np.repeat(np.eye(2, 3), 4, axis=0)
-    state = goal.copy()
-    state[[0, 4]] = [0, 0, 1]
+    """Two goals, orthogonal; each is reached by the last of its four actions."""
+    goal = np.repeat(np.eye(3), 4, axis=0)[:9]
+    state = np.zeros((9, 3))
+    state[[0, 4, 8]] = [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
     found = instruments.goal_reached(goal, state, 4)
-    assert found == {"goals": 2, "begin": 0, "end": 1, "end_others": 0}
-    assert instruments.goal_reached(goal[:4], state[:4], 4)["end"] is None
+    assert {k: x.tolist() for k, x in found.items()} == {
+        "begin": [0, 0],
+        "end": [1, 1],
+        "end_others": [0, 0],
+    }
+    assert instruments.goal_reached(goal[:4], state[:4], 4)["end"].size == 0
+    assert "end_others" not in instruments.goal_reached(goal[:5], state[:5], 4)
 
 
-def test_mean_leaves_out_what_is_not_known():
-    parts = [{"a": 1.0, "b": {"c": None}}, {"a": 3.0, "b": {"c": 4.0}}]
-    assert instruments.mean(parts) == {"a": 2.0, "b": {"c": 4.0}}
+def test_rows_of_episodes_are_counted_alike():
+    parts = [{"a": np.zeros(3), "b": np.ones(1)}, {"a": np.ones(1)}]
+    found = {k: x.tolist() for k, x in instruments.joined(parts).items()}
+    assert found == {"a": [0, 0, 0, 1], "b": [1]}
 
 
 def test_a_run_is_examined(tmp_path, capsys):
