@@ -11,6 +11,7 @@ resumed, one that is finished is read. Each run has one core to itself.
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
 from typing import Annotated, Any, NamedTuple
@@ -29,6 +31,7 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 from memory import MEASURES
+from train import parse
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/studies")
@@ -128,6 +131,14 @@ def folder_of(flags: str, seed: int) -> Path:
     return RUNS / "-".join([*words, str(seed)])
 
 
+def is_as_asked(flags: str, seed: int) -> bool:
+    """Does a run's folder hold the settings that these flags mean today?"""
+    folder = folder_of(flags, seed)
+    asked = parse([*flags.split(), "--seed", str(seed), "--run-dir", str(folder)])
+    saved = json.loads((folder / "config.json").read_text())
+    return saved == json.loads(json.dumps(asdict(asked)))
+
+
 def run_one(flags: str, seed: int, core: int) -> None:
     """Trains one seed to its end on one core; does nothing if it is done."""
     folder = folder_of(flags, seed)
@@ -153,8 +164,8 @@ def run_one(flags: str, seed: int, core: int) -> None:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def run_all(jobs: list[tuple[str, int]]) -> None:
-    """All runs, as many at once as there are cores."""
+def run_all(jobs: list[tuple[str, int]]) -> list[Path]:
+    """All runs, as many at once as there are cores; folders of those that failed."""
     cores: Queue[int] = Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -163,11 +174,14 @@ def run_all(jobs: list[tuple[str, int]]) -> None:
         core = cores.get()
         try:
             run_one(*job, core)
+        except subprocess.CalledProcessError:
+            return folder_of(*job)
         finally:
             cores.put(core)
+        return None
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        list(pool.map(with_core, jobs))
+        return [folder for folder in pool.map(with_core, jobs) if folder]
 
 
 def binned(steps: list[int], values: list[float], total: int) -> list[float | None]:
@@ -205,13 +219,24 @@ def read_run(study: Study, flags: str, seed: int) -> dict | None:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval over seeds; no interval for one seed."""
+    """Mean and its 95 % bootstrap interval over seeds, NaN for a single seed.
+
+    Of few seeds it is too narrow: of three it is the range.
+    """
     mean = float(np.mean(values))
-    if len(values) < 2 or np.ptp(values) == 0:
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    if np.ptp(values) == 0:
         return mean, mean, mean
     found = bootstrap((values,), np.mean, rng=0, method="percentile")
     low, high = found.confidence_interval
     return mean, float(low), float(high)
+
+
+def shown(values: list[float]) -> str:
+    """Mean [interval], without the interval where one seed gives none."""
+    mean, low, high = interval(values)
+    return f"{mean:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
 
 
 def cells(found: dict) -> Iterator[tuple[str, str, list[dict]]]:
@@ -269,7 +294,7 @@ def draw(found: dict, path: Path) -> None:
         column[0].set_title(task, fontsize=10)
         for axes, name in zip(column, losses, strict=False):
             curves = {arm: [x["losses"][name] for x in xs] for arm, xs in runs.items()}
-            draw_curves(axes, curves, steps, name.replace("_", " ") + " in nats")
+            draw_curves(axes, curves, steps, name.replace("_", " "))
             axes.set_yscale("log")
         if many:
             scores = {arm: [x["measured"] for x in xs] for arm, xs in runs.items()}
@@ -289,7 +314,7 @@ def table(found: dict) -> str:
     """Evaluation scores as Markdown, every seed shown, missing seeds too."""
     measure = f"{found['measure']}, mean [95 %]"
     rows = [
-        f"| task | arm | {measure} | each seed | minutes per run |",
+        f"| task | arm | {measure} | each seed | minutes of training |",
         "|---|---|---|---|---|",
     ]
     for task, arm, runs in cells(found):
@@ -298,8 +323,7 @@ def table(found: dict) -> str:
         each += f" ({missing} missing)" if missing else ""
         score, minutes = "", ""
         if runs:
-            mean, low, high = interval([run["measured"] for run in runs])
-            score = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            score = shown([run["measured"] for run in runs])
             minutes = f"{np.median([run['wall_seconds'] for run in runs]) / 60:.1f}"
         rows.append(f"| {task} | {arm} | {score} | {each} | {minutes} |")
     return "\n".join(rows) + "\n"
@@ -311,8 +335,7 @@ def header(found: dict) -> dict[str, Any]:
     phrases = []
     for task, arm, runs in cells(found):
         if runs:
-            mean, low, high = interval([run["measured"] for run in runs])
-            phrases.append(f"{task}, {arm}: {mean:.2f} [{low:.2f}, {high:.2f}]")
+            phrases.append(f"{task}, {arm}: {shown([r['measured'] for r in runs])}")
     commits = dict.fromkeys(c for run in all_runs for c in run["commits"])
     return {
         "commit": ", ".join(commits),
@@ -344,16 +367,23 @@ def main(
         )
         return 2
     asked = STUDIES[study]
+    jobs = [
+        (asked.flags(task, arm), seed)
+        for seed in range(seeds)
+        for task in asked.tasks
+        for arm in asked.arms
+    ]
+    for job in jobs:
+        if (folder_of(*job) / "config.json").exists() and not is_as_asked(*job):
+            print(
+                f"studies.py: {folder_of(*job)} is of other settings: move it away",
+                file=sys.stderr,
+            )
+            return 2
+    failed = []
     if not report:
         RUNS.mkdir(parents=True, exist_ok=True)
-        run_all(
-            [
-                (asked.flags(task, arm), seed)
-                for seed in range(seeds)
-                for task in asked.tasks
-                for arm in asked.arms
-            ]
-        )
+        failed = run_all(jobs)
     found = {
         "command": f"python studies.py {study} --seeds {seeds}",
         "hardware": f"{platform.processor() or platform.machine()}, one core per run",
@@ -378,7 +408,9 @@ def main(
             folder = folder_of(first["flags"], first["runs"][0]["seed"])
             shutil.copy(folder / "pictures" / name, out / f"{study}_{task}_{name}")
     print(table(found), end="")
-    return 0
+    for folder in failed:
+        print(f"studies.py: failed, see {folder}.log", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -14,3 +14,9 @@ def test_linear_probe_finds_what_is_there_and_nothing_else():
     assert (
         memory.linear_probe(np.column_stack([noise[:, 0], y * noise[:, 1]]), y) < 0.65
     )
+
+
+def test_both_cues_count_alike():
+    cue = np.array([1.0, 1, 1, -1])
+    assert memory.balanced(np.ones(4), cue) == memory.balanced(-np.ones(4), cue) == 0.5
+    assert memory.balanced(np.array([1.0, 1, -1, -1]), cue) == (2 / 3 + 1) / 2

@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import memory
 import studies
 from studies import STUDIES, Study
+from train import parse, write_config
 
 
 @pytest.fixture
@@ -56,8 +57,6 @@ def test_equal_flags_are_one_run_and_others_another():
 
 
 def test_every_arm_is_a_command_line_that_train_takes():
-    from train import parse  # noqa: PLC0415, compiles nothing
-
     for study in STUDIES.values():
         for task in study.tasks:
             for arm in study.arms:
@@ -75,7 +74,9 @@ def test_numbers_of_a_run_by_hand(runs):
 
 
 def test_interval_of_known_values():
-    assert studies.interval([2.0]) == (2.0, 2.0, 2.0)
+    mean, low, high = studies.interval([2.0])
+    assert mean == 2.0 and np.isnan(low) and np.isnan(high)
+    assert studies.shown([2.0]) == "2.00"
     assert studies.interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     mean, low, high = studies.interval([0.0, 1.0] * 50)
     assert mean == 0.5
@@ -149,8 +150,22 @@ def test_a_run_is_resumed_if_begun_and_read_if_done(runs, tmp_path, monkeypatch)
     (folder / "result.json").write_text("{}")
     studies.run_one(flags, 1, core)
     assert len(started()) == 2
-    with pytest.raises(subprocess.CalledProcessError):
-        studies.run_one("--game none", 1, core)
+    assert studies.run_all([(flags, 1), ("--game none", 1)]) == [
+        studies.folder_of("--game none", 1)
+    ]
+
+
+def test_runs_of_other_settings_are_refused(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "run_all", lambda jobs: pytest.fail("started"))
+    flags = STUDIES["pinpad"].flags("pinpad", "3 levels")
+    folder = finish(flags, 0, 1.0)
+    settings = parse([*flags.split(), "--seed", "0", "--run-dir", str(folder)])
+    write_config(folder, settings)
+    assert studies.main("pinpad", seeds=1, report=True, out=tmp_path) == 0
+    write_config(folder, replace(settings, tau=0.5))
+    assert studies.main("pinpad", seeds=1, report=True, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "other settings" in error and error.count("\n") == 1
 
 
 def test_an_unknown_study_is_one_line(capsys):
