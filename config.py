@@ -76,6 +76,9 @@ class ModelConfig:
     """Stride of each image layer."""
     overlap: bool = True
     """Kernels of twice the stride (official); otherwise patches side by side."""
+    background: Fraction = 0.5
+    """Value of pixels / 255 that the MLP sees as 0. With 0, equal pixels do not drown
+    the few that differ, but catch is learned less surely. Convolutions have 0.5."""
     vector_width: Count = 512
     """Width of the 2-layer coders of windows and of small pictures (official:
     encoder.mlp_layers; mlp_units is 1024 there)."""
@@ -251,6 +254,7 @@ MINATAR = replace(
         width=64,
         channels=(),
         strides=(),
+        background=0.0,
         vector_width=256,
         code_encoder_width=64,
         code_decoder_width=64,
@@ -276,6 +280,7 @@ PROBE = replace(
         z_classes=8,
         features=64,
         states=16,
+        background=0.5,
         vector_width=64,
     ),
     trainer=replace(

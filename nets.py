@@ -348,13 +348,14 @@ class ImageDecoder(eqx.Module):
 class FlatEncoder(eqx.Module):
     """A small picture as a vector through an MLP, for worlds too small for patches.
 
-    Background is 0, not -0.5: hundreds of equal pixels would drown the few that differ.
+    A pixel / 255 equal to `background` is 0 to the MLP.
     """
 
     mlp: MLP
+    background: float = eqx.field(static=True)
 
     def __call__(self, image: UInt8[Array, "h w c"]) -> Float[Array, " embed"]:
-        return self.mlp(image.reshape(-1) / 255.0)
+        return self.mlp(image.reshape(-1) / 255.0 - self.background)
 
 
 class FlatDecoder(eqx.Module):
