@@ -69,18 +69,18 @@ RECALL = {
     "D = 100": "--game recall --steps 60000 --updates-per-step 0.25 --env.delay 100",
     "D = 300": "--game recall --steps 120000 --updates-per-step 0.125 --env.delay 300",
 }
-CUE = "--game cue --steps 6000 --updates-per-step 1 --eval-episodes 1"
+CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 STUDIES = {
     "catch": Study({"catch": SMALL["catch"]}, LEVELS),
     "recall": Study(RECALL, MODELS),
     "carry": Study(
-        {"T = 8, D = 16": f"{CUE} --levels 1 --length 8 --env.delay 16"},
+        {"T = 8, D = 16": CUE.format(18000) + "--levels 1 --length 8 --env.delay 16"},
         {"stored": "--carry stored", "zero": "--carry zero"},
         measure="rewards foreseen",
     ),
     "memory": Study(
-        {f"T = 32, D = {D}": f"{CUE} --env.delay {D}" for D in (10, 100)},
+        {f"T = 32, D = {D}": CUE.format(6000) + f"--env.delay {D}" for D in (10, 100)},
         MODELS,
         measure="cue read from the state",
     ),
