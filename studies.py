@@ -259,6 +259,7 @@ def draw_curves(axes: Axes, curves: dict[str, list], steps: int, ylabel: str) ->
         axes.plot(x, mean, color=colour, label=arm)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="agent steps", ylabel=ylabel)
+    axes.locator_params(axis="x", nbins=4)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -278,11 +279,13 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]], xlabel: str) -> N
 
 def draw(found: dict, path: Path) -> None:
     """A column per task: losses, learning curves, or intervals of many arms."""
-    tasks, losses = found["tasks"], found["losses"]
+    all_tasks, losses = found["tasks"], found["losses"]
+    begun = {x: y for x, y in all_tasks.items() if any(a["runs"] for a in y.values())}
+    tasks = begun or all_tasks
     measure = found["measure"]
     many = measure != "eval score" or max(map(len, tasks.values())) > len(COLOURS)
     rows, n = max(1, len(losses)), len(tasks)
-    width, height = (3.2, 2.4) if n > 1 else (6.4, 3.6)
+    width, height = (3.2, 3.0) if n > 1 else (6.4, 3.9)
     if many:
         height = 1.1 + 0.24 * max(map(len, tasks.values()))
     figure = Figure(figsize=(width * n + 1.5 * many, height * rows))
@@ -301,12 +304,20 @@ def draw(found: dict, path: Path) -> None:
             draw_intervals(column[0], scores, measure)
         elif not losses:
             curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
-            draw_curves(column[0], curves, steps, "return of training episodes")
+            draw_curves(column[0], curves, steps, "return in training")
     for axes in panels[:, 1:].flat:
         axes.set_ylabel("")
-    drawn = [axes for axes in panels.flat if axes.lines]
-    if drawn and not many:
-        drawn[0].legend(frameon=False, title="mean, 95 % interval")
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+    if lines and not many:
+        title = "mean over seeds, 95 % interval from two on"
+        figure.legend(
+            lines.values(),
+            lines.keys(),
+            loc="outside lower center",
+            ncols=len(lines),
+            frameon=False,
+            title=title,
+        )
     figure.savefig(path, dpi=130)
 
 
