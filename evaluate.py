@@ -3,6 +3,7 @@
     python evaluate.py table runs --out table       the benchmark's statistics
     python evaluate.py checkpoint RUN_DIR --videos  plays on with a trained policy
     python evaluate.py random                       what chance scores in each game
+    python evaluate.py minatar                      the study minatar beside others
     python evaluate.py page                         results/README.md from raw files
 
 An evaluation has an environment, a random stream and a tower state of its own, samples
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from csv import DictReader
 from dataclasses import replace
 from glob import glob
 from math import sqrt
@@ -42,10 +44,12 @@ from checkpoint import CheckpointError
 from config import Config
 from game import UsageError, env_step, make_env
 from hieros import init_state
+from minatar_env import MinAtar
+from minatar_env import make as make_minatar
 from report import to_rgb
 from run import EVAL_SEED, keep_compiled, load_weights
 from scores import BadInput, markdown, read_agent, write
-from studies import interval
+from studies import interval, shown
 from subactor import Subactor
 
 ROOT = Path(__file__).parent
@@ -203,16 +207,21 @@ def chance(
     env.observation = lambda: black  # nobody looks
     if every_action:
         env.actions = tuple(env.ale.getLegalActionSet())
+    return play_uniformly(env, count)
+
+
+def play_uniformly(env: atari.Atari | MinAtar, count: int) -> dict[str, Any]:
+    """Returns and lengths, in agent steps, of `count` episodes of random actions."""
     rng = np.random.default_rng(0)
     returns, lengths = [], []
     for _ in range(count):
         env.reset()
-        total, over = 0.0, False
+        total, steps, over = 0.0, 0, False
         while not over:
             _, reward, *ends, _ = env.step(rng.integers(len(env.actions)))
-            total, over = total + float(reward), any(ends)
+            total, steps, over = total + float(reward), steps + 1, any(ends)
         returns.append(total)
-        lengths.append(env.frames // frame_skip)
+        lengths.append(steps)
     return {"actions": len(env.actions), "returns": returns, "lengths": lengths}
 
 
@@ -299,6 +308,37 @@ def random(
             out.with_suffix(".md").write_text(text)
 
 
+def minatar(*, episodes: int = 1000, study: Path = RESULTS / "minatar.json") -> None:
+    """MinAtar: random play here, the study's agents and a published figure.
+
+    Args:
+        episodes: of random play in each game
+        study: what `python studies.py minatar` wrote; the table is written beside it
+    """
+    if episodes < 2:
+        raise BadInput(f"--episodes {episodes}: give 2 or more")
+    found, began = json.loads(study.read_text())["tasks"], time.monotonic()
+    with open(ROOT / "data" / "minatar_scores.csv", newline="") as file:
+        published = {row["game"]: row["published"] for row in DictReader(file)}
+    arms = list(dict.fromkeys(arm for task in found.values() for arm in task))
+    rows = [["game", "random", *arms, "PPO, 10,000,000 steps"]]
+    played = {}
+    for game, task in found.items():
+        played[game] = play_uniformly(make_minatar(f"minatar/{game}", seed=0), episodes)
+        scores = [[run["measured"] for run in task[arm]["runs"]] for arm in arms]
+        cells = [f"{shown(x)} (n = {len(x)})" if x else "not run" for x in scores]
+        rows.append([game, shown(played[game]["returns"]), *cells, published[game]])
+    seconds = round(time.monotonic() - began, 1)
+    here = f"{platform.processor() or platform.machine()}, one core"
+    command = f"python evaluate.py minatar --episodes {episodes}"
+    means = [f"{game}: {shown(x['returns'])}" for game, x in played.items()]
+    raw = header(command, [0], seconds, here) | {"cores": 1, "played": played}
+    raw["summary"] = "random play, mean [95 %] over episodes: " + "; ".join(means)
+    out = study.with_name(f"{study.stem}_scores.json")
+    out.write_text(json.dumps(raw))
+    out.with_suffix(".md").write_text(markdown(rows))
+
+
 def duration(seconds: float) -> str:
     """For people: minutes up to two hours, then hours."""
     short = seconds < 7200
@@ -363,7 +403,7 @@ def page(folder: Path = RESULTS) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input."""
-    commands = {f.__name__: f for f in (table, checkpoint, random, page)}
+    commands = {f.__name__: f for f in (table, checkpoint, random, minatar, page)}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=argv)
     except (BadInput, UsageError, CheckpointError, OSError, ValueError) as problem:

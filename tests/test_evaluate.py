@@ -252,6 +252,26 @@ def test_random_play_continues_where_it_was(tmp_path, monkeypatch, capsys):
     assert "unknown Atari game 'Pogn': did you mean Pong" in capsys.readouterr().err
 
 
+def test_minatar_beside_others(tmp_path, capsys):
+    """Columns by hand; random play again is what was committed."""
+    runs = [{"measured": 1.0}, {"measured": 3.0}]
+    tasks = {"breakout": {"flat": {"runs": runs}, "deep": {"runs": []}}}
+    study = tmp_path / "minatar.json"
+    study.write_text(json.dumps({"tasks": tasks}))
+    argv = ["minatar", "--study", str(study), "--episodes"]
+    assert evaluate.main([*argv, "20"]) == 0
+    raw = json.loads((tmp_path / "minatar_scores.json").read_text())
+    committed = json.loads((RESULTS / "minatar_scores.json").read_text())
+    returns = committed["played"]["breakout"]["returns"]
+    assert raw["played"]["breakout"]["returns"] == returns[:20]
+    last = (tmp_path / "minatar_scores.md").read_text().splitlines()[-1]
+    assert last.startswith("| breakout | 0.")
+    assert last.endswith("| 2.00 [1.00, 3.00] (n = 2) | not run | 28 |")
+    assert evaluate.main([*argv, "1"]) == 2
+    assert "--episodes 1: give 2 or more" in capsys.readouterr().err
+    assert evaluate.main(["minatar", "--study", str(tmp_path / "none.json")]) == 2
+
+
 def test_the_committed_page_is_what_the_raw_files_give():
     text = (RESULTS / "README.md").read_text()
     assert text == evaluate.make_page(RESULTS), "run python evaluate.py page"
