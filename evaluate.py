@@ -28,10 +28,9 @@ from glob import glob
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import gymnasium
-import jax
 import numpy as np
 import tyro
 from jaxtyping import UInt8
@@ -39,18 +38,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import atari
-from agent import act_only
 from checkpoint import CheckpointError
 from config import Config
-from game import UsageError, env_step, make_env
-from hieros import init_state
+from game import UsageError, make_env
 from minatar_env import MinAtar
 from minatar_env import make as make_minatar
 from report import to_rgb
-from run import EVAL_SEED, keep_compiled, load_weights
+from run import Episode, evaluation, keep_compiled, load_weights
 from scores import BadInput, markdown, read_agent, write
 from studies import interval, shown
-from subactor import Subactor
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -69,34 +65,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 RunDirs = tyro.conf.Positional[tuple[Path, ...]]
 Picture = UInt8[np.ndarray, "height width 3"]
-
-
-class Episode(NamedTuple):
-    """What it takes to see an episode again."""
-
-    score: float
-    start: dict[str, np.ndarray]  # the environment's state after the reset
-    actions: list[int]
-
-
-def play(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Episode]:
-    """The episodes of `run.evaluate`, without end."""
-    env = make_env(config, EVAL_SEED + config.seed)
-    key = jax.random.key(EVAL_SEED + config.seed)
-    tower, calls = init_state(subactors, config.period), 0
-    while True:
-        seen, total, actions = env_step(env.reset()[0], first=True), 0.0, []
-        start = env.get_state()
-        while not seen.is_last:
-            calls += 1
-            action, tower = act_only(
-                subactors, tower, seen, key, np.int32(calls), period=config.period
-            )
-            actions.append(int(action))
-            obs, reward, terminated, truncated, _ = env.step(actions[-1])
-            total += float(reward)
-            seen = env_step(obs, reward, last=terminated or truncated)
-        yield Episode(total, start, actions)
 
 
 def screen(env: gymnasium.Env, obs: UInt8[np.ndarray, "h w c"]) -> Picture:
@@ -140,7 +108,7 @@ def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) 
     keep_compiled()
     for path in run_dirs:
         config, learners = load_weights(path)
-        stream = play(config, tuple(learner.subactor for learner in learners))
+        stream = evaluation(config, tuple(learner.subactor for learner in learners))
         played = [next(stream) for _ in tqdm(range(episodes), desc=str(path))]
         returns = [episode.score for episode in played]
         mean, low, high = interval(returns)

@@ -10,10 +10,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -365,35 +366,35 @@ class Run:
         return state | {"replays": tuple(replays)}, arrays, meta
 
 
-def evaluate(
-    config: Config,
-    subactors: tuple[Subactor, ...],
-    episodes: int,
-    *,
-    watch: Callable | None = None,
-) -> list[float]:
-    """Returns of episodes with the trained policy, sampled, and a state of its own.
+class Episode(NamedTuple):
+    """What it takes to see an episode of the evaluation again."""
 
-    Nothing is remembered and no counter of the run moves. `watch` is called after each
-    episode with its return.
+    score: float
+    start: dict[str, np.ndarray]  # the environment's state after the reset
+    actions: list[int]
+
+
+def evaluation(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Episode]:
+    """Episodes of the trained policy, sampled, with a state of its own, without end.
+
+    Nothing is remembered and no counter of the run moves.
     """
     env = make_env(config, EVAL_SEED + config.seed)
     key = jax.random.key(EVAL_SEED + config.seed)
-    tower, returns, calls = init_state(subactors, config.period), [], 0
-    for _ in range(episodes):
-        seen, total = env_step(env.reset()[0], first=True), 0.0
+    tower, calls = init_state(subactors, config.period), 0
+    while True:
+        seen, total, actions = env_step(env.reset()[0], first=True), 0.0, []
+        start = env.get_state()
         while not seen.is_last:
             calls += 1
             action, tower = act_only(
                 subactors, tower, seen, key, np.int32(calls), period=config.period
             )
-            obs, reward, terminated, truncated, _ = env.step(int(action))
+            actions.append(int(action))
+            obs, reward, terminated, truncated, _ = env.step(actions[-1])
             total += float(reward)
             seen = env_step(obs, reward, last=terminated or truncated)
-        returns.append(total)
-        if watch is not None:
-            watch(total)
-    return returns
+        yield Episode(total, start, actions)
 
 
 def keep_compiled() -> None:

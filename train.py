@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tyro
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import atari
 import checkpoint
@@ -32,7 +32,7 @@ import report
 from agent import precision_here
 from config import PRESETS, Config, out_of_bounds
 from game import GameError, UsageError
-from run import Diverged, Run, evaluate, keep_compiled, keep_memory, load_config
+from run import Diverged, Run, evaluation, keep_compiled, keep_memory, load_config
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
@@ -287,16 +287,11 @@ def save(run: Run, bar: tqdm) -> None:
 def finish(run: Run, stop: Stop) -> dict:
     """Evaluation, result.json and pictures of one seed. Raises Interrupted."""
     config, returns = run.config, run.game.returns
-    with tqdm(total=config.eval_episodes, unit="episode", desc="evaluation") as bar:
-
-        def watch(_):
-            bar.update()
-            if stop.asked:
-                raise Interrupted
-
-        scores = evaluate(
-            config, run.agent.subactors, config.eval_episodes, watch=watch
-        )
+    episodes, scores = evaluation(config, run.agent.subactors), []
+    for _ in trange(config.eval_episodes, unit="episode", desc="evaluation"):
+        scores.append(next(episodes).score)
+        if stop.asked:
+            raise Interrupted
     late = [value for step, value in returns if step > 0.9 * config.steps]
     reference = atari.scores().get(config.game, {"random": None, "human": None})
     low, high = reference["random"], reference["human"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import equinox as eqx
@@ -16,7 +17,7 @@ import pytest
 import train
 from checkpoint import CheckpointError, write
 from game import UsageError
-from run import Run, evaluate, load_weights, save_weights
+from run import Run, evaluation, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny"]
@@ -55,9 +56,10 @@ def test_updates_per_own_step_once_a_window_is_there(run):
 def test_evaluation_leaves_the_run_alone(run):
     before = jax.tree.map(np.array, run.device_state())
     state = {name: x.copy() for name, x in run.game.env.get_state().items()}
-    returns = evaluate(run.config, run.agent.subactors, 3)
+    episodes = lambda: islice(evaluation(run.config, run.agent.subactors), 3)
+    returns = [episode.score for episode in episodes()]
     assert set(returns) <= {-1.0, 1.0}
-    assert returns == evaluate(run.config, run.agent.subactors, 3)
+    assert returns == [episode.score for episode in episodes()]
     same = jax.tree.map(np.array_equal, before, run.device_state())
     assert all(jax.tree.leaves(same))
     after = run.game.env.get_state()
