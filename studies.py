@@ -272,8 +272,10 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]], xlabel: str) -> N
             axes.plot(mean, row, "o", color=COLOURS[0])
             axes.plot(values, [row] * len(values), ".", color="#999999", markersize=3)
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.set_xlabel(xlabel)
-    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, ylim=(len(scores) - 0.5, -0.5))
+    if xlabel in MEASURES:  # shares, half is chance
+        axes.set_xlim(0, 1.03)
+        axes.axvline(0.5, color="#999999", linewidth=1, linestyle=":")
     axes.spines[["top", "right"]].set_visible(False)
 
 
