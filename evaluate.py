@@ -285,6 +285,8 @@ def minatar(*, episodes: int = 1000, study: Path = RESULTS / "minatar.json") -> 
     """
     if episodes < 2:
         raise BadInput(f"--episodes {episodes}: give 2 or more")
+    if not study.is_file():
+        raise BadInput(f"--study {study}: not there, run python studies.py minatar")
     found, began = json.loads(study.read_text())["tasks"], time.monotonic()
     with open(ROOT / "data" / "minatar_scores.csv", newline="") as file:
         published = {row["game"]: row["published"] for row in DictReader(file)}

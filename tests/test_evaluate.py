@@ -270,6 +270,7 @@ def test_minatar_beside_others(tmp_path, capsys):
     assert evaluate.main([*argv, "1"]) == 2
     assert "--episodes 1: give 2 or more" in capsys.readouterr().err
     assert evaluate.main(["minatar", "--study", str(tmp_path / "none.json")]) == 2
+    assert "none.json: not there, python studies.py" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_what_the_raw_files_give():
