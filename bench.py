@@ -41,7 +41,7 @@ from config import PRESETS, Config
 from cost import flops, matmul_peak, update_arguments
 from etbs import Replay, StoredCarry, load_carry
 from game import env_step
-from run import Run, keep_compiled, one_heap
+from run import Run, keep_compiled, one_heap, updates_by
 from s5wm import Carry, Transition
 from subactor import imagine
 
@@ -155,12 +155,10 @@ def end_to_end(config: Config, steps: int) -> dict[str, float]:
         for _ in range(steps):
             run.advance()
         acting_only = (time.perf_counter() - began) / steps
-        run.updates = [
-            int((run.step - config.length * s) * config.updates_per_step / s)
-            for s in (config.period**i for i in range(config.levels))
-        ]
+        levels = range(config.levels)
+        run.updates = [updates_by(config, i, run.step) for i in levels]
         run.update = update_all
-        for i in range(config.levels):
+        for i in levels:
             run.update_level(i)
         jax.block_until_ready(run.agent)
         began = time.perf_counter()

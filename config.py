@@ -184,6 +184,9 @@ class Config:
     """T, steps per window (official: batch_length)."""
     updates_per_step: Rate = 1.0
     """Updates of a level per step of its own (official: train_ratio, 1024 = B T)."""
+    prefill: Natural = 0
+    """Agent steps of the untrained actor, all but random, before the first update
+    (official: none)."""
     capacity: Count = 1_000_000
     """Entries a level's replay keeps, at most (official: replay_size)."""
     log_every: Count = 500

@@ -163,11 +163,8 @@ class Run:
 
         From its first window on, wherever episodes ended: seeds stay in lockstep.
         """
-        config = self.config
-        for i in range(config.levels):
-            stride = config.period**i
-            own = max(0, self.step + 1 - config.length * stride)
-            while self.updates[i] < int(own * config.updates_per_step / stride):
+        for i in range(self.config.levels):
+            while self.updates[i] < updates_by(self.config, i, self.step + 1):
                 self.update_level(i)
 
     def update_level(self, i: int) -> None:
@@ -364,6 +361,13 @@ class Run:
             where = lambda r: (r.steps, r.carries, r.draws, r.head, r.size)
             replays.append(eqx.tree_at(where, replay, (steps, *saved)))
         return state | {"replays": tuple(replays)}, arrays, meta
+
+
+def updates_by(config: Config, level: int, steps: int) -> int:
+    """Updates of a level due after so many agent steps."""
+    stride = config.period**level
+    begin = max(config.length * stride, config.prefill)
+    return int(max(0, steps - begin) * config.updates_per_step / stride)
 
 
 class Episode(NamedTuple):

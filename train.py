@@ -136,6 +136,10 @@ def check(config: Config) -> None:
             f"--length {config.length} is more than --steps {config.steps}",
         ),
         (
+            config.prefill < config.steps,
+            f"--prefill {config.prefill} is not less than --steps {config.steps}",
+        ),
+        (
             config.length < config.capacity,
             f"--capacity {config.capacity} is not more than --length {config.length}",
         ),

@@ -17,7 +17,7 @@ import pytest
 import train
 from checkpoint import CheckpointError, write
 from game import UsageError
-from run import Run, evaluation, load_weights, save_weights
+from run import Run, evaluation, load_weights, save_weights, updates_by
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny"]
@@ -51,6 +51,14 @@ def test_updates_per_own_step_once_a_window_is_there(run):
     rate = run.config.updates_per_step
     assert run.updates == [int(36 * rate), int((40 - 16) / 4 * rate), 0]
     assert [int(x.updates) for x in run.agent.learners] == run.updates
+
+
+def test_updates_begin_after_the_prefill():
+    config = train.parse([*TINY, "--prefill", "20"])  # windows of 4, a goal lasts 4
+    config = replace(config, updates_per_step=0.5)
+    assert [updates_by(config, 0, n) for n in (4, 20, 21, 22, 30)] == [0, 0, 0, 1, 5]
+    assert [updates_by(config, 1, n) for n in (16, 28, 36)] == [0, 1, 2]
+    assert [updates_by(config, 2, n) for n in (64, 96)] == [0, 1]
 
 
 def test_evaluation_leaves_the_run_alone(run):
