@@ -63,6 +63,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "18 actions": {"every_action": True},
     "both": {"frame_skip": 6, "every_action": True},
 }
+PROBLEMS = (BadInput, UsageError, CheckpointError, OSError, ValueError, ImportError)
 RunDirs = tyro.conf.Positional[tuple[Path, ...]]
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {f.__name__: f for f in (table, checkpoint, random, minatar, page)}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, args=argv)
-    except (BadInput, UsageError, CheckpointError, OSError, ValueError) as problem:
+    except PROBLEMS as problem:
         print(f"evaluate.py: {problem}", file=sys.stderr)
         return 2
     return 0
