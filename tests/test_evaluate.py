@@ -252,7 +252,7 @@ def test_random_play_continues_where_it_was(tmp_path, monkeypatch, capsys):
     assert "unknown Atari game 'Pogn': did you mean Pong" in capsys.readouterr().err
 
 
-def test_minatar_beside_others(tmp_path, capsys):
+def test_minatar_beside_others(tmp_path, capsys, monkeypatch):
     """Columns by hand; random play again is what was committed."""
     runs = [{"measured": 1.0}, {"measured": 3.0}]
     tasks = {"breakout": {"flat": {"runs": runs}, "deep": {"runs": []}}}
@@ -270,7 +270,10 @@ def test_minatar_beside_others(tmp_path, capsys):
     assert evaluate.main([*argv, "1"]) == 2
     assert "--episodes 1: give 2 or more" in capsys.readouterr().err
     assert evaluate.main(["minatar", "--study", str(tmp_path / "none.json")]) == 2
-    assert "none.json: not there, python studies.py" in capsys.readouterr().err
+    assert "none.json: not there, run python studies.py" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert evaluate.main([*argv, "2"]) == 2
+    assert "MinAtar is not installed: pip install" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_what_the_raw_files_give():
