@@ -2,14 +2,14 @@
 
 Observations are the game's boolean channels as uint8 0 or 255, (10, 10, channels).
 No sticky actions (the package's default is 0.1), minimal action sets, difficulty
-ramping on, raw rewards. Mean return of uniform actions ± its standard error:
+ramping on, raw rewards. Mean return of uniform actions (results/minatar_scores.json):
 
 game            actions  channels  random
-asterix         5        4         0.51 ± 0.01
-breakout        3        4         0.41 ± 0.003   (all 6 actions: 0.53)
-freeway         3        7         0.39 ± 0.04
-seaquest        6        10        0.10 ± 0.003
-space_invaders  4        6         4.16 ± 0.03    (all 6 actions: 2.9)
+asterix         5        4         0.57
+breakout        3        4         0.40
+freeway         3        7         0.41
+seaquest        6        10        0.09
+space_invaders  4        6         4.25
 
 Episodes are truncated after `max_steps` = 5,000: without sticky actions a strong agent,
 or one at Seaquest's surface, may play for ever. The package has no cap and its author
