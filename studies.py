@@ -7,13 +7,15 @@
 
 `--report` starts nothing and writes what there is. Runs are ordinary run folders under
 runs/studies, named by their flags, so that studies share them; one that was stopped is
-resumed, one that is finished is read. Each run has one core to itself.
+resumed, one that is finished is read. Each run has one core to itself. What `--out` has
+of the same settings, in any study's results, is kept and not run again, so that a study
+grows over days and machines. To run all of it anew, give a new `--out` and move
+runs/studies away.
 """
 
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -122,7 +124,10 @@ STUDIES = {
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BINS = 40
-KEPT = ("seed", "steps", "train_score", "eval_score", "wall_seconds", "updates")
+KEPT = (
+    *("seed", "steps", "train_score", "eval_score", "wall_seconds", "updates"),
+    "hardware",
+)
 
 
 def folder_of(flags: str, seed: int) -> Path:
@@ -131,12 +136,37 @@ def folder_of(flags: str, seed: int) -> Path:
     return RUNS / "-".join([*words, str(seed)])
 
 
+def settings_of(flags: str) -> dict[str, Any]:
+    """What these flags mean today, of any seed, as JSON has it."""
+    return without_seed(json.loads(json.dumps(asdict(parse(flags.split())))))
+
+
+def without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings less those in which runs of one arm differ."""
+    return {k: v for k, v in config.items() if k not in ("seed", "run_dir")}
+
+
 def is_as_asked(flags: str, seed: int) -> bool:
     """Does a run's folder hold the settings that these flags mean today?"""
-    folder = folder_of(flags, seed)
-    asked = parse([*flags.split(), "--seed", str(seed), "--run-dir", str(folder)])
-    saved = json.loads((folder / "config.json").read_text())
-    return saved == json.loads(json.dumps(asdict(asked)))
+    saved = json.loads((folder_of(flags, seed) / "config.json").read_text())
+    return without_seed(saved) == settings_of(flags)
+
+
+def known_runs(study: Study, flags: str, out: Path) -> dict[int, dict]:
+    """Runs of the same settings and measure in the results under `out`, by seed."""
+    asked, runs = settings_of(flags), {}
+    for name, other in STUDIES.items():
+        path = out / f"{name}.json"
+        if other.measure != study.measure or not path.exists():
+            continue
+        for arms in json.loads(path.read_text())["tasks"].values():
+            for arm in arms.values():
+                same = arm.get("settings") == asked
+                whole = [
+                    x for x in arm["runs"] if set(study.losses) <= set(x["losses"])
+                ]
+                runs |= {x["seed"]: x for x in whole if same}
+    return runs
 
 
 def run_one(flags: str, seed: int, core: int) -> None:
@@ -331,7 +361,7 @@ def table(found: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for task, arm, runs in cells(found):
-        missing = found["seeds_asked"] - len(runs)
+        missing = len(set(range(found["seeds_asked"])) - {x["seed"] for x in runs})
         each = " ".join(f"{run['measured']:.2f}" for run in runs)
         each += f" ({missing} missing)" if missing else ""
         score, minutes = "", ""
@@ -350,8 +380,10 @@ def header(found: dict) -> dict[str, Any]:
         if runs:
             phrases.append(f"{task}, {arm}: {shown([r['measured'] for r in runs])}")
     commits = dict.fromkeys(c for run in all_runs for c in run["commits"])
+    hardware = dict.fromkeys(run["hardware"] for run in all_runs)
     return {
         "commit": ", ".join(commits),
+        "hardware": f"{'; '.join(hardware)}, one core per run",
         "seeds": sorted({run["seed"] for run in all_runs}),
         "wall_seconds": [run["wall_seconds"] for run in all_runs],
         "cores": 1,
@@ -367,6 +399,8 @@ def main(
 ) -> int:
     """Runs what is missing of a study and writes its results.
 
+    Seeds that the results in `out` have of the same settings are not missing.
+
     Args:
         study: One of those that this file lists.
         seeds: Runs of every arm on every task.
@@ -380,12 +414,9 @@ def main(
         )
         return 2
     asked = STUDIES[study]
-    jobs = [
-        (asked.flags(task, arm), seed)
-        for seed in range(seeds)
-        for task in asked.tasks
-        for arm in asked.arms
-    ]
+    arms = [(x, y, asked.flags(x, y)) for x in asked.tasks for y in asked.arms]
+    known = {flags: known_runs(asked, flags, out) for _, _, flags in arms}
+    jobs = [(x, i) for i in range(seeds) for x in known if i not in known[x]]
     for job in jobs:
         if (folder_of(*job) / "config.json").exists() and not is_as_asked(*job):
             print(
@@ -399,17 +430,19 @@ def main(
         failed = run_all(jobs)
     found = {
         "command": f"python studies.py {study} --seeds {seeds}",
-        "hardware": f"{platform.processor() or platform.machine()}, one core per run",
         "seeds_asked": seeds,
         "losses": asked.losses,
         "measure": asked.measure,
         "tasks": {task: {} for task in asked.tasks},
     }
-    for task, arms in found["tasks"].items():
-        for arm in asked.arms:
-            flags = asked.flags(task, arm)
-            runs = [read_run(asked, flags, seed) for seed in range(seeds)]
-            arms[arm] = {"flags": flags, "runs": [run for run in runs if run]}
+    for task, arm, flags in arms:
+        read = {i: read_run(asked, x, i) for x, i in jobs if x == flags}
+        runs = known[flags] | {seed: run for seed, run in read.items() if run}
+        found["tasks"][task][arm] = {
+            "flags": flags,
+            "settings": settings_of(flags),
+            "runs": [runs[seed] for seed in sorted(runs)],
+        }
     found = header(found) | found
     out.mkdir(exist_ok=True)
     (out / f"{study}.json").write_text(json.dumps(found, indent=1))
@@ -419,7 +452,8 @@ def main(
         first = next(iter(arms.values()))
         for name in asked.pictures if first["runs"] else ():
             folder = folder_of(first["flags"], first["runs"][0]["seed"])
-            shutil.copy(folder / "pictures" / name, out / f"{study}_{task}_{name}")
+            if folder.exists():  # otherwise kept from before, picture and all
+                shutil.copy(folder / "pictures" / name, out / f"{study}_{task}_{name}")
     print(table(found), end="")
     for folder in failed:
         print(f"studies.py: failed, see {folder}.log", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def finish(flags, seed, score, returns=(0.0, 1.0), losses=(), minutes=2.0):
     folder = studies.folder_of(flags, seed)
     folder.mkdir()
     result = dict.fromkeys(studies.KEPT) | {"seed": seed, "steps": 80}
-    result |= {"eval_score": score, "wall_seconds": 60 * minutes}
+    result |= {"eval_score": score, "wall_seconds": 60 * minutes, "hardware": "a chip"}
     (folder / "result.json").write_text(json.dumps(result))
     lines = [
         {"step": 2 * i + 1, "episode_return": x} for i, x in enumerate(returns)
@@ -87,7 +88,9 @@ def test_a_report_shows_what_is_missing_and_starts_nothing(
     runs, tmp_path, monkeypatch, capsys
 ):
     tasks = {"one": "--game catch", "two": "--game recall"}
-    study = Study(tasks, {"a": "", "b": "-x"}, pictures=("dream.png",))
+    study = Study(
+        tasks, {"a": "--levels 1", "b": "--levels 3"}, pictures=("dream.png",)
+    )
     monkeypatch.setitem(STUDIES, "catch", study)
     monkeypatch.setattr(studies, "run_all", lambda jobs: pytest.fail("started"))
     for seed, score in enumerate((0.0, 1.0)):
@@ -163,9 +166,39 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, monkeypatch, capsys)
     write_config(folder, settings)
     assert studies.main("pinpad", seeds=1, report=True, out=tmp_path) == 0
     write_config(folder, replace(settings, tau=0.5))
-    assert studies.main("pinpad", seeds=1, report=True, out=tmp_path) == 2
+    assert studies.main("pinpad", seeds=1, report=True, out=tmp_path / "new") == 2
     error = capsys.readouterr().err
     assert "other settings" in error and error.count("\n") == 1
+
+
+def test_runs_of_results_are_kept_at_equal_settings_only(runs, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(studies, "run_all", lambda jobs: started.extend(jobs) or [])
+    study = STUDIES["catch"]
+    flat, tower = (study.flags("catch", arm) for arm in study.arms)
+    for seed in range(2):
+        finish(flat, seed, float(seed))
+    assert studies.main("catch", seeds=2, out=tmp_path) == 0
+    for folder in runs.glob("*-[01]"):
+        shutil.rmtree(folder)
+    finish(flat, 2, 5.0)
+    started.clear()
+    assert studies.main("catch", seeds=3, out=tmp_path) == 0
+    assert started == [(tower, 0), (tower, 1), (flat, 2), (tower, 2)]
+    found = json.loads((tmp_path / "catch.json").read_text())
+    flat_runs = found["tasks"]["catch"]["1 level"]["runs"]
+    assert [run["measured"] for run in flat_runs] == [0, 1, 5.0]
+    assert found["hardware"] == "a chip, one core per run"
+    # Other studies have them too; fewer seeds asked lose none.
+    assert set(studies.known_runs(STUDIES["pinpad"], flat, tmp_path)) == {0, 1, 2}
+    assert studies.main("catch", seeds=1, report=True, out=tmp_path) == 0
+    assert len(json.loads((tmp_path / "catch.json").read_text())["seeds"]) == 3
+    # Not where losses were not kept, the measure is another or a setting was.
+    assert not studies.known_runs(STUDIES["losses"], flat, tmp_path)
+    assert not studies.known_runs(STUDIES["carry"], flat, tmp_path)
+    found["tasks"]["catch"]["1 level"]["settings"]["tau"] = 0.5
+    (tmp_path / "catch.json").write_text(json.dumps(found))
+    assert not studies.known_runs(study, flat, tmp_path)
 
 
 def test_an_unknown_study_is_one_line(capsys):
