@@ -108,7 +108,7 @@ def make_coders(
     if not model.channels:
         pixels = obs_shape[0] * obs_shape[1] * obs_shape[2]
         return (
-            FlatEncoder(MLP(pixels, width, 2, None, key=keys[0]), model.background),
+            FlatEncoder(MLP(pixels, width, 2, None, key=keys[0])),
             width,
             FlatDecoder(MLP(feat, width, 2, pixels, key=keys[1]), obs_shape),
         )

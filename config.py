@@ -76,9 +76,6 @@ class ModelConfig:
     """Stride of each image layer."""
     overlap: bool = True
     """Kernels of twice the stride (official); otherwise patches side by side."""
-    background: Fraction = 0.5
-    """Value of pixels / 255 that the MLP sees as 0. With 0, equal pixels do not drown
-    the few that differ, but catch is learned less surely. Convolutions have 0.5."""
     vector_width: Count = 512
     """Width of the 2-layer coders of windows and of small pictures (official:
     encoder.mlp_layers; mlp_units is 1024 there)."""
@@ -185,8 +182,8 @@ class Config:
     updates_per_step: Rate = 1.0
     """Updates of a level per step of its own (official: train_ratio, 1024 = B T)."""
     prefill: Natural = 0
-    """Agent steps of the untrained actor, all but random, before the first update
-    (official: none)."""
+    """Agent steps of the untrained actor, all but random, before the first update:
+    what was never seen before the actor chooses may stay unseen (official: none)."""
     capacity: Count = 1_000_000
     """Entries a level's replay keeps, at most (official: replay_size)."""
     log_every: Count = 500
@@ -257,7 +254,6 @@ MINATAR = replace(
         width=64,
         channels=(),
         strides=(),
-        background=0.0,
         vector_width=256,
         code_encoder_width=64,
         code_decoder_width=64,
@@ -276,6 +272,7 @@ PROBE = replace(
     preset="probe",
     steps=10_000,
     eval_episodes=100,
+    prefill=1_000,
     log_every=250,
     model=replace(
         MINATAR.model,
@@ -283,7 +280,6 @@ PROBE = replace(
         z_classes=8,
         features=64,
         states=16,
-        background=0.5,
         vector_width=64,
     ),
     trainer=replace(

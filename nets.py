@@ -348,14 +348,13 @@ class ImageDecoder(eqx.Module):
 class FlatEncoder(eqx.Module):
     """A small picture as a vector through an MLP, for worlds too small for patches.
 
-    A pixel / 255 equal to `background` is 0 to the MLP.
+    Black is 0 to the MLP: many equal pixels must not drown the few that differ.
     """
 
     mlp: MLP
-    background: float = eqx.field(static=True)
 
     def __call__(self, image: UInt8[Array, "h w c"]) -> Float[Array, " embed"]:
-        return self.mlp(image.reshape(-1) / 255.0 - self.background)
+        return self.mlp(image.reshape(-1) / 255.0)
 
 
 class FlatDecoder(eqx.Module):

@@ -169,6 +169,17 @@ def known_runs(study: Study, flags: str, out: Path) -> dict[int, dict]:
     return runs
 
 
+def runs_lost(path: Path, known: dict[str, dict[int, dict]]) -> list[str]:
+    """Arms of which a study's results hold runs that are not known any more."""
+    found = json.loads(path.read_text())["tasks"] if path.exists() else {}
+    return [
+        f"{task}, {arm}"
+        for task, arms in found.items()
+        for arm, content in arms.items()
+        if {x["seed"] for x in content["runs"]} - set(known.get(content["flags"], {}))
+    ]
+
+
 def run_one(flags: str, seed: int, core: int) -> None:
     """Trains one seed to its end on one core; does nothing if it is done."""
     folder = folder_of(flags, seed)
@@ -424,6 +435,14 @@ def main(
                 file=sys.stderr,
             )
             return 2
+    path = out / f"{study}.json"
+    if lost := runs_lost(path, known):
+        print(
+            f"studies.py: {path} has runs of other settings ({', '.join(lost)}): "
+            "move it away or give another --out",
+            file=sys.stderr,
+        )
+        return 2
     failed = []
     if not report:
         RUNS.mkdir(parents=True, exist_ok=True)
@@ -445,7 +464,7 @@ def main(
         }
     found = header(found) | found
     out.mkdir(exist_ok=True)
-    (out / f"{study}.json").write_text(json.dumps(found, indent=1))
+    path.write_text(json.dumps(found, indent=1))
     (out / f"{study}.md").write_text(table(found))
     draw(found, out / f"{study}.png")
     for task, arms in found["tasks"].items():

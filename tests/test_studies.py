@@ -171,7 +171,9 @@ def test_runs_of_other_settings_are_refused(runs, tmp_path, monkeypatch, capsys)
     assert "other settings" in error and error.count("\n") == 1
 
 
-def test_runs_of_results_are_kept_at_equal_settings_only(runs, tmp_path, monkeypatch):
+def test_runs_of_results_are_kept_at_equal_settings_only(
+    runs, tmp_path, monkeypatch, capsys
+):
     started = []
     monkeypatch.setattr(studies, "run_all", lambda jobs: started.extend(jobs) or [])
     study = STUDIES["catch"]
@@ -197,8 +199,13 @@ def test_runs_of_results_are_kept_at_equal_settings_only(runs, tmp_path, monkeyp
     assert not studies.known_runs(STUDIES["losses"], flat, tmp_path)
     assert not studies.known_runs(STUDIES["carry"], flat, tmp_path)
     found["tasks"]["catch"]["1 level"]["settings"]["tau"] = 0.5
-    (tmp_path / "catch.json").write_text(json.dumps(found))
+    text = json.dumps(found)
+    (tmp_path / "catch.json").write_text(text)
     assert not studies.known_runs(study, flat, tmp_path)
+    assert studies.main("catch", seeds=1, report=True, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "(catch, 1 level)" in error and error.count("\n") == 1
+    assert (tmp_path / "catch.json").read_text() == text
 
 
 def test_an_unknown_study_is_one_line(capsys):
