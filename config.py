@@ -152,7 +152,7 @@ class Config:
     """N, independent runs in one process, of seeds `seed` to `seed` + N - 1, their
     computations batched; each has its own run folder inside the common one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrix products round their inputs to; everything else is float32. Default:
+    """What matrix products round their inputs to; they add up in float32. Default:
     bfloat16 on an accelerator, float32 on a CPU."""
     steps: Count = 100_000
     """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
