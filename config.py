@@ -100,8 +100,8 @@ class TrainerConfig:
     discount: Fraction = 0.997
     """γ (official: discount)."""
     goal_discount: Fraction = 0.75
-    """Times γ for the subgoal reward: 1 - 1/k, since a goal is over after k steps (Δ25)
-    (official: 1)."""
+    """Times γ for the subgoal reward, as a goal ends after k steps: 1 - 1/k for k = 4
+    (Δ25) (official: 1)."""
     lambda_: Fraction = 0.95
     """λ of the returns (official: discount_lambda)."""
     entropy_scale: Rate = 3e-4
