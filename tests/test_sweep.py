@@ -80,7 +80,7 @@ def test_dry_run_says_what_is_missing_and_where_its_hours_come_from(
     argv += ["--arm", "a=--levels 1", "--arm", "b=--levels 2", "--tflops", "1e-6"]
     (tmp_path / "a/catch-0").mkdir(parents=True)
     (tmp_path / "a/catch-0/result.json").write_text('{"wall_seconds": 36}')
-    assert sweep.main([*argv, "--", "--steps", "100"]) == 0
+    assert sweep.main([*argv, "--", "--steps", "100", "--prefill", "0"]) == 0
     *lines, end = capsys.readouterr().out.splitlines()
     by = {line.split()[0]: line for line in lines}
     assert by["a/catch-0"].endswith("100 steps: done")
