@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from queue import Queue
 from typing import Annotated, Any, NamedTuple
@@ -124,10 +125,15 @@ STUDIES = {
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BINS = 40
-KEPT = (
-    *("seed", "steps", "train_score", "eval_score", "wall_seconds", "updates"),
+KEPT = [
+    "seed",
+    "steps",
+    "train_score",
+    "eval_score",
+    "wall_seconds",
+    "updates",
     "hardware",
-)
+]
 
 
 def folder_of(flags: str, seed: int) -> Path:
@@ -136,8 +142,9 @@ def folder_of(flags: str, seed: int) -> Path:
     return RUNS / "-".join([*words, str(seed)])
 
 
+@cache
 def settings_of(flags: str) -> dict[str, Any]:
-    """What these flags mean today, of any seed, as JSON has it."""
+    """What these flags mean today, of any seed, as JSON has it. Not to be changed."""
     return without_seed(json.loads(json.dumps(asdict(parse(flags.split())))))
 
 
@@ -152,21 +159,22 @@ def is_as_asked(flags: str, seed: int) -> bool:
     return without_seed(saved) == settings_of(flags)
 
 
-def known_runs(study: Study, flags: str, out: Path) -> dict[int, dict]:
-    """Runs of the same settings and measure in the results under `out`, by seed."""
-    asked, runs = settings_of(flags), {}
+def known_runs(
+    study: Study, all_flags: list[str], out: Path
+) -> dict[str, dict[int, dict]]:
+    """For all flags the runs of the same settings and measure under `out`, by seed."""
+    known: dict[str, dict[int, dict]] = {flags: {} for flags in all_flags}
     for name, other in STUDIES.items():
         path = out / f"{name}.json"
         if other.measure != study.measure or not path.exists():
             continue
-        for arms in json.loads(path.read_text())["tasks"].values():
-            for arm in arms.values():
-                same = arm.get("settings") == asked
-                whole = [
-                    x for x in arm["runs"] if set(study.losses) <= set(x["losses"])
-                ]
-                runs |= {x["seed"]: x for x in whole if same}
-    return runs
+        tasks = json.loads(path.read_text())["tasks"].values()
+        for arm in (arm for arms in tasks for arm in arms.values()):
+            whole = [x for x in arm["runs"] if set(study.losses) <= set(x["losses"])]
+            for flags, runs in known.items():
+                if arm.get("settings") == settings_of(flags):
+                    runs.update((x["seed"], x) for x in whole)
+    return known
 
 
 def runs_lost(path: Path, known: dict[str, dict[int, dict]]) -> list[str]:
@@ -426,7 +434,7 @@ def main(
         return 2
     asked = STUDIES[study]
     arms = [(x, y, asked.flags(x, y)) for x in asked.tasks for y in asked.arms]
-    known = {flags: known_runs(asked, flags, out) for _, _, flags in arms}
+    known = known_runs(asked, [flags for _, _, flags in arms], out)
     jobs = [(x, i) for i in range(seeds) for x in known if i not in known[x]]
     for job in jobs:
         if (folder_of(*job) / "config.json").exists() and not is_as_asked(*job):

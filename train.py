@@ -137,7 +137,8 @@ def check(config: Config) -> None:
         ),
         (
             config.prefill < config.steps,
-            f"--prefill {config.prefill} is not less than --steps {config.steps}",
+            f"--prefill {config.prefill} is not less than --steps {config.steps}: "
+            "lower it or train longer",
         ),
         (
             config.length < config.capacity,

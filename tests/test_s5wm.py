@@ -309,14 +309,15 @@ def test_the_posterior_says_something_from_the_start(kind):
     make = agent.make_subactor
     parts = jax.vmap(lambda k: make(config, 0, PICTURE, ACTIONS, k).world_model)
     model = jax.jit(parts)(jax.random.split(jax.random.key(0), 64))
-    obs = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, *PICTURE)) * 255)
+    rows = jnp.eye(ACTIONS, dtype=jnp.uint8)[:2, :, None, None]
+    obs = jnp.broadcast_to(255 * rows, (2, *PICTURE))  # as echo draws them
     see = lambda model, o: model.posterior(
         jnp.concatenate([model.encoder(o), *[jnp.zeros(H)] * (kind == "rssm")])
     )
-    logits = jax.vmap(jax.vmap(see, (None, 0)), (0, None))(model, obs.astype(jnp.uint8))
+    logits = jax.vmap(jax.vmap(see, (None, 0)), (0, None))(model, obs)
     assert logits.std() > 1
     codes = logits.reshape(64, 2, S, K).argmax(-1)
-    assert (codes[:, 0] != codes[:, 1]).any(-1).mean() > 0.3  # half their pixels agree
+    assert (codes[:, 0] != codes[:, 1]).any(-1).mean() > 0.7
 
 
 def test_an_episode_starts_from_a_learned_z_and_an_empty_memory():
@@ -534,7 +535,7 @@ def test_gradients_reach_what_they_should_and_nothing_else():
 
 # Learning
 
-WINDOWS, LENGTH, UPDATES = 8, 8, 300
+WINDOWS, LENGTH, UPDATES = 8, 8, 400
 
 
 @jax.jit
@@ -651,7 +652,7 @@ def test_imagination_answers_changed_actions_at_the_next_step():
     fields, fresh = play(2000, 0), play(400, 1)
     model, _ = train(world_model(0), training_windows(fields), 0)
     picture, reward = accuracy(model, fresh)
-    assert picture > 0.8 and reward > 0.7
+    assert picture > 0.9 and reward > 0.85
     assert max(accuracy(model, fresh, shift=1)) < 0.5
     fields[1] = np.roll(fields[1], -1, 0)
     late, _ = train(world_model(0), training_windows(fields), 0)

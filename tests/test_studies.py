@@ -191,17 +191,18 @@ def test_runs_of_results_are_kept_at_equal_settings_only(
     flat_runs = found["tasks"]["catch"]["1 level"]["runs"]
     assert [run["measured"] for run in flat_runs] == [0, 1, 5.0]
     assert found["hardware"] == "a chip, one core per run"
+    known = lambda study: studies.known_runs(study, [flat], tmp_path)[flat]
     # Other studies have them too; fewer seeds asked lose none.
-    assert set(studies.known_runs(STUDIES["pinpad"], flat, tmp_path)) == {0, 1, 2}
+    assert set(known(STUDIES["pinpad"])) == {0, 1, 2}
     assert studies.main("catch", seeds=1, report=True, out=tmp_path) == 0
     assert len(json.loads((tmp_path / "catch.json").read_text())["seeds"]) == 3
     # Not where losses were not kept, the measure is another or a setting was.
-    assert not studies.known_runs(STUDIES["losses"], flat, tmp_path)
-    assert not studies.known_runs(STUDIES["carry"], flat, tmp_path)
+    assert not known(STUDIES["losses"])
+    assert not known(STUDIES["carry"])
     found["tasks"]["catch"]["1 level"]["settings"]["tau"] = 0.5
     text = json.dumps(found)
     (tmp_path / "catch.json").write_text(text)
-    assert not studies.known_runs(study, flat, tmp_path)
+    assert not known(study)
     assert studies.main("catch", seeds=1, report=True, out=tmp_path) == 2
     error = capsys.readouterr().err
     assert "(catch, 1 level)" in error and error.count("\n") == 1

@@ -34,7 +34,10 @@ TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
         ("--tau 1.5", "--tau 1.5 is not possible: give 0 to 1"),
         ("--tau nan", "--tau nan"),
         ("--length 200 --steps 100", "--length 200 is more than --steps 100"),
-        ("--prefill 100 --steps 100", "--prefill 100 is not less than --steps 100"),
+        (
+            "--prefill 100 --steps 100",
+            "--prefill 100 is not less than --steps 100: lower it or train longer",
+        ),
         ("--steps 0", "--steps 0"),
         ("--seed -1", "--seed -1"),
         ("--batch 0", "--batch 0"),
