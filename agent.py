@@ -140,7 +140,7 @@ def make_subactor(
     sizes = {
         "z_shape": z_shape,
         "features": model.features,
-        "width": width,
+        "width": model.latent_width,
         "key": keys[4],
     }
     if config.world_model == "rssm":

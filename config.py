@@ -65,7 +65,9 @@ class ModelConfig:
     scaled: bool = True
     """Scale S5 states by Δ^(-1/2), so that slow modes are heard (Δ22)."""
     width: Count = 256
-    """Hidden width of latent heads, actor and critics (official: units)."""
+    """Hidden width of reward, continue, actor and critics (official: units)."""
+    latent_width: Count = 256
+    """Hidden width of posterior and prior (official: dyn_hidden)."""
     head_layers: Count = 2
     """Hidden layers of reward, continue, actor and critics (official: reward_layers,
     cont_layers, actor_layers, value_layers)."""
@@ -218,6 +220,7 @@ CPU = replace(
         states=32,
         blocks=2,
         width=128,
+        latent_width=128,
         channels=(32, 64, 64),
         strides=(4, 2, 2),
         overlap=False,
@@ -242,6 +245,7 @@ MINATAR = replace(
     steps=100_000,
     eval_episodes=100,
     updates_per_step=0.5,
+    prefill=1_000,
     log_every=1_000,
     checkpoint_every=25_000,
     model=ModelConfig(
@@ -252,6 +256,7 @@ MINATAR = replace(
         states=32,
         blocks=1,
         width=64,
+        latent_width=256,
         channels=(),
         strides=(),
         vector_width=256,
@@ -272,12 +277,12 @@ PROBE = replace(
     preset="probe",
     steps=10_000,
     eval_episodes=100,
-    prefill=1_000,
     log_every=250,
     model=replace(
         MINATAR.model,
         z_categoricals=8,
         z_classes=8,
+        latent_width=64,
         features=64,
         states=16,
         vector_width=64,
@@ -308,6 +313,7 @@ TINY = replace(
         states=8,
         blocks=1,
         width=16,
+        latent_width=16,
         channels=(8, 8),
         strides=(4, 2),
         overlap=False,
