@@ -4,7 +4,8 @@
     A_t = (R_t - V_t) / scale · weight,  share = mean |A_r| / Σ_r' mean |A_r'|  (INS 2)
 
 `python instruments.py RUN_DIR` prints them and writes RUN_DIR/instruments.json. They
-answer: does surprise grow beyond the windows it was trained on? Are rewards foreseen?
+answer: does the model know more than the windows it was trained on, by heart? Does
+surprise grow beyond their length? Are rewards foreseen?
 Which reward moves the actor? Are goals reached, more than goals of other times? Does
 the code say anything? Do critics predict what comes? e is the last row of the episode,
 for the subgoal reward of the goal; a terminal is worth its reward instead of V_e.
@@ -15,6 +16,7 @@ Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +32,14 @@ from game import UsageError
 from nets import mode_onehot, twohot_mean, unimix_probs
 from play import Episode, LevelPlay, episode
 from run import keep_compiled, load_weights
+from s5wm import Transition, prediction_losses
 from subactor import REWARDS, Learner, lambda_return
 from subgoal import autoencoder_loss, subgoal_reward
 
 Rows = Float[np.ndarray, " n"]
 Columns = dict[str, np.ndarray]  # rows of different stretches, by name
 Numbers = dict[str, float | int | None]
+LOSSES = ("loss_observation", "loss_reward", "loss_cont")  # as metrics.jsonl calls them
 
 
 def surprise_by_age(surprise: Rows, age: Rows, length: int) -> Numbers:
@@ -115,11 +119,22 @@ def predicted_rewards(learner: Learner, z, h) -> Float[jax.Array, " n"]:
     return twohot_mean(jax.vmap(learner.subactor.world_model.heads.reward)(feat))
 
 
+@jax.jit
+def losses(
+    learner: Learner, steps: Transition, feat: Float[jax.Array, "n F"]
+) -> tuple[Float[jax.Array, " n"], ...]:
+    """Losses of observation, reward and continuation, row by row."""
+    heads = learner.subactor.world_model.heads
+    per_row = jax.vmap(partial(prediction_losses, heads))
+    return per_row(feat, steps.obs, steps.reward, steps.is_terminal)
+
+
 def model_rows(learner: Learner, level: LevelPlay) -> Columns:
-    """An episode's rewards beside those predicted; surprise and age of its rows."""
+    """An episode's losses, rewards beside those predicted, surprise and age, by row."""
     latent, surprise = level.latent, np.asarray(level.thoughts.surprise)
     prior_z = mode_onehot(unimix_probs(latent.prior))
-    return {
+    found = map(np.asarray, losses(learner, level.steps, latent.feat))
+    return dict(zip(LOSSES, found, strict=True)) | {
         "age": np.arange(float(len(surprise))),
         "surprise": surprise,
         "reward": np.asarray(level.steps.reward),
@@ -177,6 +192,8 @@ def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
     subactor, trainer = learner.subactor, config.trainer
     model = joined([model_rows(learner, level) for level in levels])
     found = {
+        "losses in play": {name: float(model[name].mean()) for name in LOSSES}
+        | {"kl": float(model["surprise"].mean())},
         "surprise": surprise_by_age(model["surprise"], model["age"], config.length),
         "reward, frame seen": detection(model["reward"], model["seen"]),
         "reward, frame foreseen": detection(model["reward"], model["foreseen"]),
@@ -207,6 +224,15 @@ def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
     return found
 
 
+def training_losses(run_dir: Path, level: int) -> Numbers:
+    """The newest of metrics.jsonl; empty where there are none."""
+    file = run_dir / "metrics.jsonl"
+    lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+    names = {name: f"level{level}/{name}" for name in (*LOSSES, "kl")}
+    logged = [x for x in lines if names["kl"] in x]
+    return {k: logged[-1][x] for k, x in names.items()} if logged else {}
+
+
 def main(
     run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 3, steps: int = 2000
 ) -> int:
@@ -220,7 +246,8 @@ def main(
         episode(config, learners, steps, seed=seed) for seed in range(episodes)
     ]
     found = {
-        f"level {i}": examine(config, learner, [one.levels[i] for one in played])
+        f"level {i}": {"losses in training": training_losses(run_dir, i)}
+        | examine(config, learner, [one.levels[i] for one in played])
         for i, learner in enumerate(learners)
     }
     for level, parts in found.items():

@@ -22,6 +22,7 @@ Axes: B batch, T time, S categoricals × K classes of z, G × A groups × classe
 action, N layers, P states, H features of h, F = S·K + H. h is not the axis H.
 """
 
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
@@ -304,6 +305,22 @@ def observation_loss(
     return image_loss(predicted, obs)
 
 
+def prediction_losses(
+    heads: Heads,
+    feat: Float[Array, " F"],
+    obs: Observation,
+    reward: Float[Array, ""],
+    is_terminal: Bool[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """L_pred of one step: observation, reward and continuation. (WM 8)"""
+    cont = heads.cont(feat)[0]
+    return (
+        observation_loss(heads.decoder, feat, obs),
+        -twohot_log_prob(heads.reward(feat), reward),
+        jax.nn.softplus(jnp.where(is_terminal, cont, -cont)),
+    )
+
+
 def world_model_loss(
     model: WorldModel,
     batch: Transition,
@@ -321,15 +338,7 @@ def world_model_loss(
     latent, q = observe(batch, carry, keys)
     sg = jax.lax.stop_gradient
 
-    def heads_loss(feat, obs, reward, is_terminal):
-        heads = model.heads
-        image = observation_loss(heads.decoder, feat, obs)
-        reward = -twohot_log_prob(heads.reward(feat), reward)
-        cont = heads.cont(feat)[0]
-        cont = jax.nn.softplus(jnp.where(is_terminal, cont, -cont))
-        return image, reward, cont
-
-    per_step = jax.vmap(jax.vmap(heads_loss))
+    per_step = jax.vmap(jax.vmap(partial(prediction_losses, model.heads)))
     image, reward, cont = per_step(
         latent.feat, batch.obs, batch.reward, batch.is_terminal
     )

@@ -32,7 +32,15 @@ import report
 from agent import precision_here
 from config import PRESETS, Config, out_of_bounds
 from game import GameError, UsageError
-from run import Diverged, Run, evaluation, keep_compiled, keep_memory, load_config
+from run import (
+    Diverged,
+    Run,
+    evaluation,
+    keep_buffers,
+    keep_compiled,
+    keep_memory,
+    load_config,
+)
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11
@@ -399,4 +407,6 @@ def wants_one_heap(argv: list[str]) -> bool:
 if __name__ == "__main__":
     if wants_one_heap(sys.argv[1:]):
         keep_memory()
+    else:
+        keep_buffers()
     sys.exit(main())

@@ -87,6 +87,21 @@ def test_rows_of_episodes_are_counted_alike():
     assert found == {"a": [0, 0, 0, 1], "b": [1]}
 
 
+def test_losses_in_training_are_the_newest(tmp_path):
+    assert instruments.training_losses(tmp_path, 0) == {}
+    names = [f"level1/{name}" for name in (*instruments.LOSSES, "kl")]
+    lines = [
+        {"step": 4, **dict.fromkeys(names, 1.0)},
+        {"step": 8, **dict.fromkeys(names, 2.0)},
+        {"step": 9, "episode_return": 3.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert instruments.training_losses(tmp_path, 0) == {}
+    found = instruments.training_losses(tmp_path, 1)
+    assert found == {name: 2.0 for name in (*instruments.LOSSES, "kl")}
+
+
 def test_a_run_is_examined(tmp_path, capsys):
     folder = tmp_path / "run"
     flags = "--preset tiny --game catch --model.channels --model.strides --steps 12"
@@ -97,6 +112,11 @@ def test_a_run_is_examined(tmp_path, capsys):
     assert "level 2" in said and "critic novelty" in said
     levels = json.loads((folder / "instruments.json").read_text())["levels"]
     assert list(levels) == ["level 0", "level 1", "level 2"]
+    assert levels["level 0"]["losses in training"] == {}
+    play = levels["level 0"]["losses in play"]
+    assert set(play) == {*instruments.LOSSES, "kl"}
+    assert play["loss_reward"] == pytest.approx(np.log(255))  # nothing learned yet
+    assert play["kl"] > 1
     shares = levels["level 1"]["share of the advantage"]
     assert set(shares) == {"extrinsic", "subgoal", "novelty"}
     assert sum(shares.values()) == pytest.approx(1)

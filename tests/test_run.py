@@ -164,6 +164,13 @@ def test_weights_of_a_file_that_holds_none_are_refused(tmp_path):
         load_weights(tmp_path / "other")
 
 
+def number_said(program, *arguments):
+    """The number that a Python program prints, run in a process of its own."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(done.stdout)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_pages_of_large_arrays_are_fetched_once():
     """Page faults of the same computation 20 times, in the heap as it is and kept."""
@@ -183,11 +190,27 @@ for _ in range(20):
     compute(x).block_until_ready()
 print(faults() - before)
 """
-    found = {}
-    for name in ("keep", "leave"):
-        command = [sys.executable, "-c", program, name]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        found[name] = int(done.stdout)
+    found = {name: number_said(program, name) for name in ("keep", "leave")}
     assert found["keep"] < found["leave"] / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_pages_of_freed_buffers_are_kept():
+    """Page faults of 20 MiB taken and freed 20 times, in blocks of 1 MiB."""
+    program = """
+import resource
+import sys
+import numpy as np
+from run import keep_buffers
+if sys.argv[1] == "keep":
+    keep_buffers()
+use = lambda: [np.ones(2**17) for _ in range(20)]
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+before = faults()
+for _ in range(20):
+    use()
+print(faults() - before)
+"""
+    found = {name: number_said(program, name) for name in ("keep", "leave")}
+    assert found["keep"] < found["leave"] / 10
