@@ -33,7 +33,7 @@ CPU = Sweep(games=("catch",), seeds=1, gpus_per_run=0.0)
 def test_plan_is_games_by_seeds_by_arms():
     arms = ("flat=--levels 1", "deep=--levels 3 --tau 0.5")
     wanted = replace(CPU, games=("pong", "minatar/breakout"), seeds=2, arm=arms)
-    jobs = plan(wanted, ["--steps", "77"])
+    jobs = plan(wanted, ["--steps", "77", "--prefill", "0"])
     names = [job.name for job, _ in jobs]
     assert len(names) == len(set(names)) == 8
     assert {"flat/Pong-0", "deep/minatar-breakout-1"} <= set(names)
