@@ -4,11 +4,11 @@
     A_t = (R_t - V_t) / scale · weight,  share = mean |A_r| / Σ_r' mean |A_r'|  (INS 2)
 
 `python instruments.py RUN_DIR` prints them and writes RUN_DIR/instruments.json. They
-answer: does the model know more than the windows it was trained on, by heart? Does
-surprise grow beyond their length? Are rewards foreseen?
-Which reward moves the actor? Are goals reached, more than goals of other times? Does
-the code say anything? Do critics predict what comes? e is the last row of the episode,
-for the subgoal reward of the goal; a terminal is worth its reward instead of V_e.
+answer: does the model know more than its replay? Does surprise grow beyond the windows
+it was trained on? Are rewards foreseen? Which reward moves the actor? Are goals
+reached, more than goals of other times? Does the code say anything? Do critics predict
+what comes? e is the last row of the episode, for the subgoal reward of the goal; a
+terminal is worth its reward instead of V_e.
 
 Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 """
