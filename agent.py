@@ -207,7 +207,8 @@ def init_learners(
 def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
-    A level's replay has room for every step of the run, unless `capacity` is less.
+    A level's replay has room for every step of the run, unless `capacity` is less
+    or most episodes are shorter than a goal is held.
     """
     model_key, run_key = jax.random.split(jax.random.key(seed))
     learners = init_learners(config, obs_shape, actions, key=model_key)
@@ -222,9 +223,10 @@ def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
             goal = jnp.zeros(subactor.goal_shape[0], jnp.uint8)
         false = jnp.array(False)
         step = Transition(obs, state.action, jnp.zeros(()), false, false, goal)
-        # An episode of n steps leaves n + 1 entries; very short ones leave more than
-        # a quarter more, and then the oldest are overwritten.
-        entries = config.steps // config.period**level * 5 // 4 + config.length
+        # An episode of n steps leaves n + 1 entries, above level 0 up to n / K_i + 2.
+        endings = min(config.steps, 10_000) if level > 0 else 0
+        entries = config.steps // config.period**level * 5 // 4 + endings
+        entries += config.length
         return Replay(min(config.capacity, entries), step, state.carry)
 
     replays = tuple(replay(level) for level in range(config.levels))
@@ -269,7 +271,7 @@ def act_and_store(
     calls: Int[Array, "*N"],
     *,
     period: int,
-    precision: str = "auto",
+    precision: str,
     seeds: int = 1,
 ) -> tuple[UInt8[Array, "*N"], TowerState, tuple[Replay, ...], Int[Array, "*N"]]:
     """The action, and what has changed: tower, replays, number of calls.
@@ -298,7 +300,7 @@ def act_only(
     calls: Int[Array, ""],
     *,
     period: int,
-    precision: str = "auto",
+    precision: str,
 ) -> tuple[UInt8[Array, ""], TowerState]:
     """The action without remembering it: evaluation, with a tower of its own."""
     key = jax.random.fold_in(key, calls)
@@ -327,7 +329,7 @@ def update(
     sampler: str,
     tau: float,
     carry: str,
-    precision: str = "auto",
+    precision: str,
     seeds: int = 1,
 ) -> tuple[Learner, Replay, dict[str, Float[Array, "*N"]], Int[Array, "*N B T"]]:
     """Samples windows, trains one level on them, writes their new carries back.

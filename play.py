@@ -19,6 +19,7 @@ from gymnasium import Env
 from jaxtyping import Array, Float, Int, UInt8
 
 import hieros
+from agent import matmul_precision
 from atari import Atari
 from config import Config
 from game import env_step, make_env
@@ -132,9 +133,10 @@ def episode(
     seen, rows = env_step(env.reset()[0], first=True), []
     while True:
         fold = jax.random.fold_in(key, len(rows))
-        tower, action, acted = act(
-            subactors, tower, seen, period=config.period, key=fold
-        )
+        with matmul_precision(config.precision):
+            tower, action, acted = act(
+                subactors, tower, seen, period=config.period, key=fold
+            )
         rows.append((screen(env, seen.obs), seen, int(action), acted))
         if seen.is_last or len(rows) == steps:
             break

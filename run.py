@@ -394,7 +394,13 @@ def evaluation(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Epis
         while not seen.is_last:
             calls += 1
             action, tower = act_only(
-                subactors, tower, seen, key, np.int32(calls), period=config.period
+                subactors,
+                tower,
+                seen,
+                key,
+                np.int32(calls),
+                period=config.period,
+                precision=config.precision,
             )
             actions.append(int(action))
             obs, reward, terminated, truncated, _ = env.step(actions[-1])

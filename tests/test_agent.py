@@ -38,7 +38,8 @@ def act_compiled(config):
     a = fresh(config)
     step = row(jax.tree.map(jnp.asarray, game(0, [N])), 0)
     inputs = (a.subactors, a.tower, a.replays, step, TRUE, a.key, a.calls)
-    return agent.act_and_store.lower(*inputs, period=config.period).compile()
+    settings = {"period": config.period, "precision": config.precision}
+    return agent.act_and_store.lower(*inputs, **settings).compile()
 
 
 def play(config, a, steps):
@@ -90,7 +91,9 @@ def test_shape_hook_is_live():
     a = fresh(FLAT)
     step = row(game(0, [N]), 0)
     with pytest.raises(TypeCheckError):
-        agent.act_only(a.subactors, a.tower, step, a.key, jnp.zeros(2, int), period=2)
+        calls = jnp.zeros(2, int)
+        settings = {"period": 2, "precision": "float32"}
+        agent.act_only(a.subactors, a.tower, step, a.key, calls, **settings)
     with pytest.raises(TypeCheckError):
         agent.make_trainer(None)
 
@@ -250,7 +253,8 @@ def test_evaluation_acts_alike_and_remembers_nothing():
     step = row(jax.tree.map(jnp.asarray, game(2, [N])), 3)
     _, actions = play(FLAT, a, jax.tree.map(lambda x: x[None], step))
     inputs = (a.subactors, a.tower, step, jax.random.fold_in(a.key, 0), a.calls)
-    act_only = agent.act_only.lower(*inputs, period=2).compile()
+    settings = {"period": 2, "precision": "float32"}
+    act_only = agent.act_only.lower(*inputs, **settings).compile()
     action, tower = act_only(*inputs)
     assert [int(action)] == actions and tower.clock == a.tower.clock + 1
     assert not a.tower.clock.is_deleted()
@@ -316,13 +320,14 @@ def shapes(config, picture=PICTURE, actions=ACTIONS):
 def test_replays_hold_the_whole_run_unless_told_otherwise():
     """Room for the endings that levels record besides, and for one window."""
     config = replace(CONFIG, steps=1600, capacity=10**6)
-    assert [r.capacity for r in shapes(config).replays] == [
-        1600 * 5 // 4 + 5,
-        800 * 5 // 4 + 5,
-        400 * 5 // 4 + 5,
-    ]
+    held = [r.capacity for r in shapes(config).replays]
+    assert held == [2005, 1600 + 1005, 1600 + 505]
+    for n in (4, 9, 400):  # agent steps of every episode
+        for stride, capacity in zip((1, 2, 4), held, strict=True):
+            per_episode = n // stride + 1 + (n % stride > 0)
+            assert 1600 // n * per_episode <= capacity
     small = shapes(replace(config, capacity=700))
-    assert [r.capacity for r in small.replays] == [700, 700, 505]
+    assert [r.capacity for r in small.replays] == [700, 700, 700]
 
 
 def test_published_sizes():

@@ -70,7 +70,7 @@ def test_an_episode_is_what_acting_alone_would_play():
         assert (episode.reward[t], episode.is_last[t]) == (seen.reward, seen.is_last)
         key = jax.random.key(SEED)
         action, tower = act_only(
-            subactors, tower, seen, key, np.int32(t), period=PERIOD
+            subactors, tower, seen, key, np.int32(t), period=PERIOD, precision="auto"
         )
         assert episode.action[t] == action
         if seen.is_last:
