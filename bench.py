@@ -10,7 +10,6 @@ program (cost.py); beside them stands XLA's own count, which enters each loop on
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
 from agent import (
@@ -41,7 +41,7 @@ from config import PRESETS, Config
 from cost import flops, matmul_peak, update_arguments
 from etbs import Replay, StoredCarry, load_carry
 from game import env_step
-from run import Run, keep_compiled, one_heap, updates_by
+from run import Run, commit, hardware, keep_compiled, one_heap, updates_by
 from s5wm import Carry, Transition
 from subactor import imagine
 
@@ -198,6 +198,7 @@ def compiling(config: Config) -> dict[str, float]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX opens the folder once per process
         for name in ("cold", "cached"):
             jax.clear_caches()
             began = time.perf_counter()
@@ -207,6 +208,7 @@ def compiling(config: Config) -> dict[str, float]:
                 update.lower(*inputs, level=i, **arguments).compile()
             found[f"seconds_{name}"] = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
     return found
 
 
@@ -439,6 +441,10 @@ def main(argv: list[str] | None = None) -> int:
     bench = tyro.cli(Bench, args=argv)
     # This process leaves the device's memory to those of the parts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if bench.preset not in ("", *PRESETS):
+        choice = ", ".join(PRESETS)
+        print(f"bench.py: --preset {bench.preset}: choose {choice}", file=sys.stderr)
+        return 2
     parts = [name for name, _ in measurements(bench)]
     if bench.part and bench.part not in parts:
         choice = ", ".join(repr(name) for name in parts)
@@ -448,12 +454,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure(bench)))
         return 0
     began, device = time.time(), jax.devices()[0].device_kind
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     raw = {
         "command": f"python bench.py {' '.join(argv)}".strip(),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{device}, {os.cpu_count()} cores, {platform.machine()}",
+        "commit": commit(),
+        "hardware": hardware(),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "seeds": [0],

@@ -64,13 +64,17 @@ def write(
     header = json.dumps({"arrays": entries, "meta": meta}).encode()
     digest = hashlib.sha256(header)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(MAGIC + bytes([VERSION]))
-        file.write(len(header).to_bytes(8, "little") + digest.digest() + header)
-        for blob in blobs:
-            file.write(blob)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(MAGIC + bytes([VERSION]))
+            file.write(len(header).to_bytes(8, "little") + digest.digest() + header)
+            for blob in blobs:
+                file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     sync_folder(path.parent)
     return digest.hexdigest()
@@ -227,13 +231,16 @@ def save(
     write(path_of(run_folder, step), arrays, meta)
 
 
-def prune(run_folder: Path) -> None:
+def prune(run_folder: Path, step: int) -> None:
     """Drops all but the newest KEEP good checkpoints, and segments nobody needs.
 
-    The newest is read back whole: only then may it replace one that was good.
+    The newest, of this step, is read back whole: only then may it replace one that was
+    good. Later ones are what a resumed run could not use.
     """
     good, needed = 0, set()
     for old in checkpoints(run_folder):
+        if step_of(old) > step:
+            continue
         try:
             if good == 0:
                 read(old)
@@ -244,9 +251,12 @@ def prune(run_folder: Path) -> None:
         needed |= {s["file"] for chain in segments.values() for s in chain}
         if good > KEEP:
             old.unlink()
-    for segment in (run_folder / "checkpoint").glob("*.seg"):
+    folder = run_folder / "checkpoint"
+    for segment in folder.glob("*.seg"):
         if segment.name not in needed:
             segment.unlink()
+    for unfinished in folder.glob("*.tmp"):  # of a program that was killed
+        unfinished.unlink()
 
 
 def named(tree) -> dict[str, np.ndarray]:

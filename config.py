@@ -1,7 +1,8 @@
 """Every setting of a run, with its symbol and its key in the official code.
 
 Frozen dataclasses that `train.py` turns into a command line; presets by name. What
-the paper compares is one flag each: levels, world model, sampler, carry.
+the paper compares is one flag each: levels, world model, sampler. Of the sizes,
+layers, states, blocks, h_source and scaled are those of S5, without effect in an RSSM.
 """
 
 import math
@@ -165,7 +166,8 @@ class Config:
     world_model: Literal["s5", "rssm"] = "s5"
     """Sequence model: S5, or a GRU as in DreamerV3 (official: dynamics_model)."""
     sampler: Literal["etbs", "uniform", "balanced"] = "etbs"
-    """Which replay windows are trained on (official: replay)."""
+    """Which replay windows are trained on (official: replay). uniform is etbs with a
+    tau of 0."""
     carry: Literal["stored", "zero"] = "stored"
     """State a window starts from: that of the step before, or none (Δ21)."""
     run_dir: str | None = None
@@ -276,7 +278,6 @@ PROBE = replace(
     MINATAR,
     preset="probe",
     steps=10_000,
-    eval_episodes=100,
     log_every=250,
     model=replace(
         MINATAR.model,

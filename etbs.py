@@ -1,4 +1,4 @@
-"""Replay and efficient time-balanced sampling (ETBS): old and new drawn alike, in O(1).
+"""Replay, and efficient time-balanced sampling (ETBS): one draw in O(1).
 
     F(x) = [x (ln x - ln n - 1) - 2 (ln 2 - ln n - 1)]
            / (2 ln n - n - 2 ln 2 + 2),   x = 2 + u m,  n = m + 2   (ETBS 1)
@@ -6,9 +6,12 @@
     density over relative age v, large m: 1 / ((1 - τ) - τ ln u(v))   (ETBS 3)
 
 Uniform draws from a growing buffer give entry i about ln(n/i) draws: old data is
-over-used. (ETBS 2) remaps one uniform variate so that new data is drawn more often.
-It interpolates *indices*, not densities. The formula p_ETBS of the paper's slides is
-not a distribution, and inverting their CDF worsens the imbalance.
+over-used. (ETBS 2) remaps one uniform variate so that new data is drawn more often,
+m is the number of windows. Old data stays ahead: draws per tenth of the entries, oldest
+to newest, go from 3.31 to 0.05 by uniform draws, from 2.64 to 0.07 with τ = 0.3, from
+1.80 to 0.29 with τ = 1. (ETBS 2) interpolates *indices*, not densities. The formula
+p_ETBS of the paper's slides is not a distribution, and inverting their CDF worsens the
+imbalance.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Robine et al., "Transformer-
 based World Models", 2023 (count-balanced). Official: embodied/replay/selectors.py.
@@ -24,7 +27,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from s5wm import Carry, Transition
 
-SAMPLERS = ("etbs", "uniform", "balanced")
 BALANCE_TEMPERATURE = 20.0
 
 

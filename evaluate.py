@@ -18,7 +18,6 @@ each run kept busy. The statistics are those of scores.py.
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -44,7 +43,14 @@ from game import UsageError, make_env
 from minatar_env import MinAtar
 from minatar_env import make as make_minatar
 from report import to_rgb
-from run import Episode, evaluation, keep_compiled, load_weights
+from run import (
+    Episode,
+    commit,
+    evaluation,
+    keep_compiled,
+    load_weights,
+    place_of,
+)
 from scores import BadInput, markdown, read_agent, write
 from studies import interval, shown
 
@@ -97,12 +103,14 @@ def write_video(path: Path, frames: Iterator[Picture]) -> None:
 
 
 def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) -> None:
-    """Eval score of trained policies: RUN_DIR/evaluation.json, which `table` prefers.
+    """Eval score of trained policies: RUN_DIR/evaluation.json.
+
+    For weights runs/NAME/evaluation.json. `table` prefers that of a finished run.
 
     Args:
         run_dirs: run folders, or files of weights
         episodes: how many to play, policy sampled
-        videos: GIFs of the best and the median episode, in RUN_DIR/pictures
+        videos: GIFs of the best and the median episode, in pictures beside it
     """
     if episodes < 1 or not run_dirs:
         raise BadInput(f"--episodes {episodes}: give 1 or more, and some RUN_DIRS")
@@ -113,8 +121,13 @@ def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) 
         played = [next(stream) for _ in tqdm(range(episodes), desc=str(path))]
         returns = [episode.score for episode in played]
         mean, low, high = interval(returns)
-        found = {"eval_score": mean, "interval": [low, high], "eval_returns": returns}
-        folder = path if path.is_dir() else path.parent
+        found = {
+            "eval_score": mean,
+            "interval": [low, high],
+            "eval_returns": returns,
+            "updates": [int(learner.updates) for learner in learners],
+        }
+        folder = place_of(path)
         (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
         print(f"{path}: eval score {mean:.4g} [{low:.4g}, {high:.4g}]")
         order = np.argsort(returns, kind="stable") if videos else []
@@ -127,9 +140,7 @@ def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) 
 
 def header(command: str, seeds: list[int], seconds: Any, hardware: str) -> dict:
     """HEADER of a raw result, measured by this version of the program."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout
-    values = (command, commit.strip(), hardware, seeds, seconds)
+    values = (command, commit(), hardware, seeds, seconds)
     return dict(zip(HEADER, values, strict=True))
 
 
@@ -342,7 +353,9 @@ def make_page(folder: Path) -> str:
     rows, parts, headless = [], [], []
     if not (folder / PUBLISHED[1]).exists():
         rows.append([PUBLISHED[0], "**not run**", "-", "-", "-", "-", "-"])
-    for path in sorted(folder.rglob("*.json")):
+    files = sorted(folder.rglob("*.json"))
+    stems = [path.with_suffix("").relative_to(folder).as_posix() for path in files]
+    for path, stem in zip(files, stems, strict=True):
         raw, name = json.loads(path.read_text()), path.relative_to(folder).as_posix()
         if not isinstance(raw, dict) or not set(HEADER) <= set(raw):
             headless.append(name)
@@ -350,10 +363,12 @@ def make_page(folder: Path) -> str:
         title = PUBLISHED[0] if name == PUBLISHED[1] else name.removesuffix(".json")
         rows.append(page_row(f"[{title}]({name})", raw))
         parts.append(f"\n## {title}\n\n`{raw['command']}`\n")
-        stem = path.with_suffix("").relative_to(folder).as_posix()
         if path.with_suffix(".md").exists():
             parts.append("\n" + path.with_suffix(".md").read_text())
+        longer = [x for x in stems if x != stem and x.startswith(stem)]
         for picture in sorted(folder.glob(f"{stem}*.png")):
+            if picture.relative_to(folder).as_posix().startswith(tuple(longer)):
+                continue
             parts.append(f"\n![{picture.stem}]({picture.relative_to(folder)})\n")
     text = (
         "# Results\n\nWritten by `python evaluate.py page` from the raw files beside "

@@ -70,6 +70,17 @@ def env_step(obs, reward=0.0, first=False, last=False, terminal=False) -> EnvSte
     return EnvStep(obs, np.array(reward, np.float32), *flags)
 
 
+def read_lines(folder: Path) -> list[dict]:
+    """metrics.jsonl as far as it can be read: a crash may have cut the last line."""
+    path, lines = folder / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 @dataclass
 class Game:
     """What a seed plays. `entries` are what each level's replay was given, `clock` the

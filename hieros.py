@@ -195,7 +195,10 @@ def where(condition: Bool[Array, ""], yes, no):
 
 
 def if_acting(condition: Bool[Array, ""], compute):
-    """`compute()` where the level acts, else zeros of its shape, at no cost."""
+    """`compute()` where the level acts, else zeros of its shape, at no cost.
+
+    Batched over several seeds both are computed, as `vmap` turns `cond` into a choice.
+    """
     zeros = lambda: jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute)
     )

@@ -28,10 +28,10 @@ from jaxtyping import Float
 
 from checkpoint import CheckpointError
 from config import Config
-from game import UsageError
+from game import UsageError, read_lines
 from nets import mode_onehot, twohot_mean, unimix_probs
 from play import Episode, LevelPlay, episode
-from run import keep_compiled, load_weights
+from run import keep_compiled, load_weights, place_of
 from s5wm import Transition, prediction_losses
 from subactor import REWARDS, Learner, lambda_return
 from subgoal import autoencoder_loss, subgoal_reward
@@ -224,10 +224,8 @@ def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
     return found
 
 
-def training_losses(run_dir: Path, level: int) -> Numbers:
+def training_losses(lines: list[dict], level: int) -> Numbers:
     """The newest of metrics.jsonl; empty where there are none."""
-    file = run_dir / "metrics.jsonl"
-    lines = map(json.loads, file.read_text().splitlines() if file.exists() else ())
     names = {name: f"level{level}/{name}" for name in (*LOSSES, "kl")}
     logged = [x for x in lines if names["kl"] in x]
     return {k: logged[-1][x] for k, x in names.items()} if logged else {}
@@ -238,6 +236,10 @@ def main(
 ) -> int:
     """Plays episodes of at most so many agent steps; exit code 2 for bad input."""
     try:
+        if episodes < 1 or steps < 2:
+            raise UsageError(
+                f"--episodes {episodes} --steps {steps}: give 1, 2 at least"
+            )
         config, learners = load_weights(run_dir)
     except (UsageError, CheckpointError) as error:
         print(f"instruments.py: {error}", file=sys.stderr)
@@ -245,8 +247,9 @@ def main(
     played: list[Episode] = [
         episode(config, learners, steps, seed=seed) for seed in range(episodes)
     ]
+    lines = read_lines(run_dir)
     found = {
-        f"level {i}": {"losses in training": training_losses(run_dir, i)}
+        f"level {i}": {"losses in training": training_losses(lines, i)}
         | examine(config, learner, [one.levels[i] for one in played])
         for i, learner in enumerate(learners)
     }
@@ -255,9 +258,7 @@ def main(
             shown = {k: "-" if x is None else f"{x:.3g}" for k, x in numbers.items()}
             texts = ", ".join(f"{k} {x}" for k, x in shown.items())
             print(f"{level}  {name:>24}  {texts}")
-    folder = run_dir if run_dir.is_dir() else Path("runs")
-    folder.mkdir(exist_ok=True)
-    out = folder / "instruments.json"
+    out = place_of(run_dir) / "instruments.json"
     out.write_text(json.dumps({"episodes": episodes, "levels": found}, indent=1))
     print(out)
     return 0

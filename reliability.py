@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -35,7 +34,7 @@ import tyro
 import checkpoint
 import train
 from config import ATARI100K, Config, find_bounds
-from run import Run, keep_compiled
+from run import Run, commit, hardware, keep_compiled
 
 ROOT = Path(__file__).parent
 STEPS = 200
@@ -221,7 +220,7 @@ def empty(path: Path, _: random.Random) -> None:
 
 def later_version(path: Path, chance: random.Random) -> None:
     raw = bytearray(path.read_bytes())
-    raw[7] = chance.randrange(2, 256)
+    raw[7] = chance.randrange(checkpoint.VERSION + 1, 256)
     path.write_bytes(raw)
 
 
@@ -429,23 +428,20 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one of them and writes what it found beside what the others found."""
     argv = sys.argv[1:] if argv is None else argv
     keep_compiled()
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     began = time.monotonic()
     found = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv)
     path = ROOT / "results" / "reliability.json"
     parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     parts[argv[0]] = {
         "command": f"python reliability.py {' '.join(argv)}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "wall_seconds": round(time.monotonic() - began, 1),
         **found,
     }
     everything = {
         "command": " && ".join(part["command"] for part in parts.values()),
         "commit": ", ".join(sorted({part["commit"] for part in parts.values()})),
-        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-        f"{platform.machine()}",
+        "hardware": hardware(),
         "cores": os.cpu_count(),
         "seeds": [0],
         "wall_seconds": sum(part["wall_seconds"] for part in parts.values()),

@@ -28,7 +28,7 @@ from matplotlib.ticker import LogLocator
 import atari
 import probes
 from diagnose import STATES, Aim, OpenLoop, Pictures, aims, open_loop
-from game import UsageError
+from game import UsageError, read_lines
 from run import Run, keep_compiled, load
 
 GREY, LINES = "#666666", ("-", "--", ":")
@@ -48,17 +48,6 @@ STYLE = {
     "savefig.dpi": 120,
     "figure.constrained_layout.use": True,
 }
-
-
-def read_lines(folder: Path) -> list[dict]:
-    """metrics.jsonl as far as it can be read: a crash may have cut the last line."""
-    path, lines = folder / "metrics.jsonl", []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def series(lines: list[dict], name: str) -> Float[np.ndarray, "n 2"]:

@@ -3,11 +3,12 @@
     h_t = GRU(h_{t-1}, SiLU(LN(W_in [z_{t-1}; a_{t-1}])))           (RSSM 1)
     z_t ~ q(z_t | h_t, o_t),   ẑ_t ~ p(z_t | h_t)                   (RSSM 2)
 
-Same heads, losses and training as S5WM. The posterior depends on h_t, so a sequence
-is observed one step after the other: what S5WM avoids.
+Same heads, losses and training as S5WM; h is the GRU's state as it is. The posterior
+depends on h_t, so a sequence is observed one step after the other: what S5WM avoids.
 
 Hafner et al., "Mastering Diverse Domains through World Models", 2023.
-Official: hieros/networks.py, class RSSM.
+Official: hieros/networks.py, class RSSM. Differs from the official code in:
+Δ1 alignment of actions, Δ2 the last reward counts, Δ26 q starts sharp.
 
 Axes: T time, S categoricals × K classes of z, G × A action code, H features.
 The carry's x is (1, H): one layer, whose state is h.

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -282,7 +283,7 @@ class Run:
             meta = self.meta(seed)
             checkpoint.save(game.folder, self.step, arrays, meta)
         for game in self.games:
-            checkpoint.prune(game.folder)
+            checkpoint.prune(game.folder, self.step)
 
     def meta(self, seed: int) -> dict:
         """Settings and counts of one seed, for JSON."""
@@ -332,13 +333,17 @@ class Run:
         self.step, self.updates = step, counts["updates"]
         self.seconds = counts["seconds"]
 
-    def restore_newest(self) -> bool:
-        """From the newest step that every seed has a good checkpoint of, if any."""
+    def saved_steps(self) -> list[int]:
+        """Steps that every seed has a checkpoint of, newest first."""
         steps = [
             {checkpoint.step_of(path) for path in checkpoint.checkpoints(game.folder)}
             for game in self.games
         ]
-        for step in sorted(set.intersection(*steps), reverse=True):
+        return sorted(set.intersection(*steps), reverse=True)
+
+    def restore_newest(self) -> bool:
+        """From the newest step that every seed has a good checkpoint of, if any."""
+        for step in self.saved_steps():
             try:
                 self.restore(step)
                 return True
@@ -446,6 +451,26 @@ def one_heap() -> dict[str, str]:
     return ONE_HEAP if glibc and jax.default_backend() == "cpu" else {}
 
 
+def commit() -> str:
+    """Short hash of this version of the program; empty where git knows none."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def hardware() -> str:
+    """What JAX computes on, and the machine around it."""
+    device = jax.devices()[0].device_kind
+    return f"{device}, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def place_of(path: Path) -> Path:
+    """Folder for what is found out about a run: its own, for weights runs/NAME."""
+    folder = path if path.is_dir() else Path("runs") / path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def load_config(folder: Path) -> Config:
     """The settings of a run folder. Raises UsageError where there are none."""
     try:
@@ -470,8 +495,10 @@ def load(folder: Path) -> Run:
 
     Nothing in the folder is changed.
     """
-    run = Run.start(load_config(folder), folder)
-    run.game.folder = folder
+    config = load_config(folder)
+    if config.seeds > 1:
+        raise UsageError(f"{folder} has several seeds: give one of its folders seed-N")
+    run = Run.start(config, folder)
     if not run.restore_newest():
         raise UsageError(f"{folder} has no usable checkpoint")
     return run
@@ -499,7 +526,7 @@ def load_weights(path: Path) -> tuple[Config, tuple[Learner, ...]]:
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
     else:
-        raise UsageError(f"{path} has no checkpoint")
+        raise UsageError(f"{path} has no checkpoint (of several seeds: give a seed-N)")
     config = parse_config(meta.get("config"), file)
     env = make_env(config, config.seed)
     actions = int(env.action_space.n)

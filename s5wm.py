@@ -19,7 +19,8 @@ networks.py; hieros/models.py, class WorldModel. Differs from the official code 
 starts sharp.
 
 Axes: B batch, T time, S categoricals × K classes of z, G × A groups × classes of an
-action, N layers, P states, H features of h, F = S·K + H. h is not the axis H.
+action, N layers, P states, H features of h, F = S·K + H. h is not the axis H. h is a
+symlog already; windows and goals take symlog of it once more.
 """
 
 from functools import partial
@@ -293,18 +294,6 @@ class S5WM(eqx.Module):
         return Latent(x, sample_onehot(prior, key), h, prior)  # (WM 6)
 
 
-def observation_loss(
-    decoder: ImageDecoder | FlatDecoder | WindowDecoder,
-    feat: Float[Array, " F"],
-    obs: Observation,
-) -> Float[Array, ""]:
-    """Negative log-likelihood of an observation up to a constant."""
-    predicted = decoder(feat)
-    if isinstance(obs, Window):
-        return window_loss(predicted, obs)
-    return image_loss(predicted, obs)
-
-
 def prediction_losses(
     heads: Heads,
     feat: Float[Array, " F"],
@@ -313,9 +302,10 @@ def prediction_losses(
     is_terminal: Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """L_pred of one step: observation, reward and continuation. (WM 8)"""
+    of_observation = window_loss if isinstance(obs, Window) else image_loss
     cont = heads.cont(feat)[0]
     return (
-        observation_loss(heads.decoder, feat, obs),
+        of_observation(heads.decoder(feat), obs),
         -twohot_log_prob(heads.reward(feat), reward),
         jax.nn.softplus(jnp.where(is_terminal, cont, -cont)),
     )

@@ -132,7 +132,7 @@ class Run(NamedTuple):
 def read_run(path: Path, kind: str) -> Run:
     """From result.json (`kind` of score) and metrics.jsonl if any; else BadInput.
 
-    A later evaluation.json (evaluate.py play) stands above the run's own.
+    evaluation.json of as many updates (evaluate.py checkpoint) stands above its own.
     """
     metrics, later = path.with_name("metrics.jsonl"), path.with_name("evaluation.json")
     try:
@@ -140,7 +140,8 @@ def read_run(path: Path, kind: str) -> Run:
         logged = [json.loads(line) for line in lines]
         ends = ((float(x["step"]), float(x[RETURN])) for x in logged if RETURN in x)
         x = json.loads(path.read_text())
-        x |= json.loads(later.read_text()) if later.exists() else {}
+        again = json.loads(later.read_text()) if later.exists() else {}
+        x |= again if again and again.get("updates") == x["updates"] else {}
         score = math.nan if x[f"{kind}_score"] is None else float(x[f"{kind}_score"])
         budget = str(x["preset"]), int(x["steps"])
         cost = x.get("hardware", "not stated"), float(x.get("wall_seconds", "nan"))

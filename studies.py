@@ -33,7 +33,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
+from game import read_lines
 from memory import MEASURES
+from run import commit
 from train import parse
 
 ROOT = Path(__file__).parent
@@ -198,15 +200,8 @@ def run_one(flags: str, seed: int, core: int) -> None:
         command += ["--resume", str(folder)]
     else:
         command += [*flags.split(), "--seed", str(seed), "--run-dir", str(folder)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
     with open(f"{folder}.log", "a") as log:
-        print(f"commit {commit.stdout.strip()}", file=log, flush=True)
+        print(f"commit {commit()}", file=log, flush=True)
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
             os.sched_setaffinity(process.pid, {core})
     if process.returncode != 0:
@@ -246,8 +241,7 @@ def read_run(study: Study, flags: str, seed: int) -> dict | None:
     if not (folder / "result.json").exists():
         return None
     result = json.loads((folder / "result.json").read_text())
-    text = (folder / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in text]
+    lines = read_lines(folder)
 
     def curve(key: str) -> list[float | None]:
         found = [(line["step"], line[key]) for line in lines if key in line]

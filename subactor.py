@@ -16,7 +16,9 @@ hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 pr
 entropy, Δ13 goals decoded now, Δ15 advantages are normalised, Δ25 γ_subgoal.
 
 Axes: R rewards, τ imagined time, M start states, G × A action code, Sg × Kg goal
-code, H features of h. The imagined horizon is `horizon` states, start included.
+code, H features of h. As values R_τ is a return, A_τ an advantage, G a decoded goal, S
+a standardised state; `sg` stops gradients. The imagined horizon is `horizon` states,
+start included.
 """
 
 import equinox as eqx
@@ -402,7 +404,7 @@ class Trainer(eqx.Module):
         adam = self._actor_critic_adam
         actor_step, actor_adam = adam.update(actor_grads, learner.actor_adam)
         critic_step, critics_adam = adam.update(critic_grads, learner.critics_adam)
-        # States imagined after a game's end do not count.
+        # Weighted like the losses: discounted, and nothing after a game's end.
         alive_mean = lambda x: (weight * x[:-1]).sum() / jnp.maximum(weight.sum(), 1e-8)
         metrics |= {f"imagined_{k}": alive_mean(x) for k, x in all_rewards.items()}
         metrics["grad_norm_actor"] = optax.global_norm(actor_grads)

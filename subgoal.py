@@ -18,7 +18,8 @@ hieros/models.py, class SubgoalAutoencoder.
 Differs from the official code in: Δ13 goals decoded now, Δ14 novelty in the same space,
 Δ16 final linear layers, Δ23 standardised, Δ24 β is 0.01, not 0.5.
 
-Axes: M states, H features of h, Sg categoricals × Kg classes of a code.
+Axes: M states, H features of h, Sg categoricals × Kg classes of a code. S and G are
+values: a state and a goal.
 """
 
 import equinox as eqx

@@ -12,13 +12,14 @@ from it (worker.py). Where a worker or its machine dies, Ray gives its run to an
 one, `--retries` times. Ctrl-C lets every run save a checkpoint first.
 """
 
+import json
 import os
 import shlex
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from config import Config
 from cost import matmul_peak, update_flops
 from evaluate import duration
 from game import UsageError, make_env
-from train import FULL_FLOPS, parse
+from train import FULL_FLOPS, MAY_CHANGE, by_name, parse
 from worker import Board, Died, Job, Store, ray, train_one
 
 ROOT = Path(__file__).parent
@@ -93,14 +94,31 @@ def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Job, Config]]:
     jobs = []
     for seed, (arm, own), game in product(range(sweep.seeds), arms.items(), games):
         words = [*flags, *shlex.split(own), "--game", game, "--seed", str(seed)]
-        if "--preset" not in words and sweep.gpus and game in atari.GAMES:
+        if "--preset" not in by_name(words) and sweep.gpus and game in atari.GAMES:
             words += ["--preset", "atari100k"]
         config = parse(words)
-        if "--preset" not in words:
+        if config.seeds > 1:
+            raise UsageError("--seeds of train.py: give that of sweep.py, before --")
+        if "--preset" not in by_name(words):
             words += ["--preset", config.preset]
         name = f"{arm}/{game.replace('/', '-')}-{seed}".removeprefix("/")
         jobs.append((Job(name, tuple(words), config.steps), config))
     return jobs
+
+
+def check_done(jobs: list[tuple[Job, Config]], store: Store) -> None:
+    """Raises UsageError where a finished run had other flags."""
+    kept = lambda values: {
+        k: x for k, x in values.items() if k not in {*MAY_CHANGE, "run_dir", "resume"}
+    }
+    for job, config in jobs:
+        done = store.result(job.name) and store.read(job.name, "config.json")
+        if done and kept(done) != kept(json.loads(json.dumps(asdict(config)))):
+            place = store.remote or store.home
+            raise UsageError(
+                f"--out {place} has {job.name} trained with other flags: "
+                "give another --out"
+            )
 
 
 def hours(config: Config, sweep: Sweep) -> tuple[float, str]:
@@ -242,11 +260,11 @@ def main(argv: list[str] | None = None) -> int:
     sweep = tyro.cli(Sweep, args=argv[:split])
     jax.config.update("jax_platforms", "cpu")  # this process needs no GPU
     try:
-        jobs = plan(sweep, argv[split + 1 :])
+        jobs, store = plan(sweep, argv[split + 1 :]), Store(sweep.place)
+        check_done(jobs, store)
     except UsageError as problem:
         print(f"sweep.py: {problem}", file=sys.stderr)
         return 2
-    store = Store(sweep.place)
     if sweep.dry_run:
         print(estimate(jobs, store, sweep))
         return 0

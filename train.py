@@ -7,7 +7,6 @@ result.json and pictures. A run that was stopped continues with `--resume`.
 import io
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -36,6 +35,7 @@ from run import (
     Diverged,
     Run,
     evaluation,
+    hardware,
     keep_buffers,
     keep_compiled,
     keep_memory,
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> Config:
     if "--resume" in named:
         folder = Path(named["--resume"])
         try:
-            saved = replace(load_config(folder), resume=str(folder))
+            saved = replace(load_config(folder), resume=named["--resume"])
         except UsageError as error:
             raise UsageError(f"--resume {error}") from None
         config = ask_tyro(argv, saved)
@@ -73,6 +73,7 @@ def parse(argv: list[str]) -> Config:
                 f"--resume {folder} has another configuration: {'; '.join(forbidden)}; "
                 f"leave these flags out (only {allowed} may differ)"
             )
+        check(config)
         return config
     preset = named.get("--preset") or default_preset(named.get("--game", Config.game))
     if preset not in PRESETS:
@@ -200,11 +201,15 @@ def open_run(config: Config) -> Run:
     if config.resume is None:
         make_folder(run)
     elif not run.restore_newest():
+        if run.saved_steps():
+            raise UsageError(
+                f"--resume {folder} has checkpoints, but none that can be used: "
+                "move the folder away to start over"
+            )
         print(
-            f"train.py: {folder} has no usable checkpoint, starting over",
+            f"train.py: {folder} has no checkpoint yet, starting over",
             file=sys.stderr,
         )
-        run = Run.start(config, folder)
     for game in run.games:
         game.cut()
     return run
@@ -238,31 +243,33 @@ def train(run: Run, stop: Stop) -> None:
         SummaryWriter(str(game.folder / "tensorboard"), purge_step=run.step)
         for game in run.games
     ]
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
+    progress = tqdm(
+        total=config.steps, initial=run.step, unit="step", dynamic_ncols=True
+    )
     began, updates, before = time.monotonic(), sum(run.updates), run.seconds
     saved = began
-    while run.step < config.steps and not stop.asked:
-        run.advance()
-        run.seconds = before + time.monotonic() - began
-        bar.update()
-        for game, board in zip(run.games, boards, strict=True):
-            if game.returns and game.returns[-1][0] == run.step:
-                board.add_scalar("episode/return", game.returns[-1][1], run.step)
-        if run.step % config.log_every == 0:
-            rate = (sum(run.updates) - updates) / (run.seconds - before)
-            bar.set_postfix_str(f"{rate:.1f} updates/s, {returns_so_far(run)}")
-            for values, board in zip(run.log(), boards, strict=True):
-                for name, value in values.items():
-                    board.add_scalar(name, value, run.step)
-                warn_of_dead_codes(run, values, bar)
-        late = time.monotonic() - saved > 60 * config.checkpoint_minutes
-        due = late or run.step % config.checkpoint_every == 0
-        if due or run.step == config.steps:
+    with progress as bar:
+        while run.step < config.steps and not stop.asked:
+            run.advance()
+            run.seconds = before + time.monotonic() - began
+            bar.update()
+            for game, board in zip(run.games, boards, strict=True):
+                if game.returns and game.returns[-1][0] == run.step:
+                    board.add_scalar("episode/return", game.returns[-1][1], run.step)
+            if run.step % config.log_every == 0:
+                rate = (sum(run.updates) - updates) / (run.seconds - before)
+                bar.set_postfix_str(f"{rate:.1f} updates/s, {returns_so_far(run)}")
+                for values, board in zip(run.log(), boards, strict=True):
+                    for name, value in values.items():
+                        board.add_scalar(name, value, run.step)
+                    warn_of_dead_codes(run, values, bar)
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            due = late or run.step % config.checkpoint_every == 0
+            if due or run.step == config.steps:
+                save(run, bar)
+                saved = time.monotonic()
+        if stop.asked:
             save(run, bar)
-            saved = time.monotonic()
-    if stop.asked:
-        save(run, bar)
-    bar.close()
     for board in boards:
         board.close()
     if stop.asked:
@@ -288,7 +295,7 @@ def warn_of_dead_codes(run: Run, values: dict[str, float], bar: tqdm) -> None:
 
 
 def save(run: Run, bar: tqdm) -> None:
-    """A checkpoint; a full disk costs a warning, not the run."""
+    """A checkpoint; if the disk has no room for it, the run goes on."""
     try:
         run.save()
     except OSError as error:
@@ -329,13 +336,14 @@ def finish(run: Run, stop: Stop) -> dict:
         "hns": hns,
         "wall_seconds": round(run.seconds, 1),
         "parameters": parameters,
-        "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-        f"{platform.machine()}",
+        "hardware": hardware(),
         "precision": config.precision,
         "eval_returns": scores,
         "updates": run.updates,
     }
-    (run.folder / "result.json").write_text(json.dumps(result, indent=1))
+    partial = run.folder / "result.json.tmp"
+    partial.write_text(json.dumps(result, indent=1))
+    partial.rename(run.folder / "result.json")
     report.draw(run)
     return result
 
@@ -366,13 +374,16 @@ def show(results: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 not finite, 4 game failed, 130 when stopped."""
+    """Exit code: 0 done, 2 bad input, 3 not finite, 4 game or disk failed, 130 stopped.
+
+    Of a run that failed the checkpoints stay.
+    """
     argv = sys.argv[1:] if argv is None else argv
     keep_compiled()
     try:
         config = parse(argv)
         run = open_run(config)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     stop = Stop()
@@ -383,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted:
         print(f"stopped at step {run.step}: python train.py --resume {run.folder}")
         return 130
-    except (Diverged, GameError) as error:
+    except (Diverged, GameError, OSError) as error:
         newest = next(iter(checkpoint.checkpoints(run.games[0].folder)), "none")
         print(f"train.py: {error}; last good checkpoint: {newest}", file=sys.stderr)
         return 3 if isinstance(error, Diverged) else 4

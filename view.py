@@ -30,12 +30,12 @@ from PIL import Image
 from checkpoint import CheckpointError
 from config import Config
 from diagnose import Pictures, sought
+from dreams import Level, levels_of
 from game import UsageError, make_env
-from imagine import Level, levels_of
 from play import Episode
 from play import episode as let_play
 from report import to_rgb
-from run import keep_compiled, load_weights
+from run import keep_compiled, load_weights, place_of
 from subactor import Learner
 
 TEMPLATE = Path(__file__).with_name("view.html")
@@ -392,16 +392,14 @@ def main(
         run_dir: run folder, or file of weights
         episode_steps: agent steps at most; Pong ends within 2000
         seed: another seed, another episode
-        out: file to write; default: RUN_DIR/view.html, for weights runs/NAME.html
+        out: file to write; default: RUN_DIR/view.html, for weights runs/NAME/view.html
         play: add branches of imagination in which you choose the actions
     """
     for flag, value, low in (("episode-steps", episode_steps, 1), ("seed", seed, 0)):
         if value < low:
             raise UsageError(f"--{flag} {value} is not possible: give {low} or more")
     if out is None:
-        page_of = Path("runs") / f"{run_dir.stem}.html"
-        out = run_dir / "view.html" if run_dir.is_dir() else page_of
-        out.parent.mkdir(exist_ok=True)
+        out = place_of(run_dir) / "view.html"
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
     keep_compiled()

@@ -58,11 +58,15 @@ class Store:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """What a finished run found."""
+        return self.read(name, "result.json")
+
+    def read(self, name: str, file: str) -> dict[str, Any] | None:
+        """JSON of a run's folder, None if it is not there."""
         try:
             if self.remote:
                 self.files.invalidate_cache()
-                return json.loads(self.files.cat(f"{self.remote}/{name}/result.json"))
-            return json.loads((self.home / name / "result.json").read_text())
+                return json.loads(self.files.cat(f"{self.remote}/{name}/{file}"))
+            return json.loads((self.home / name / file).read_text())
         except FileNotFoundError:
             return None
 

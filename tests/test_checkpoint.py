@@ -151,7 +151,7 @@ def test_the_newest_two_stay_with_their_segments(tmp_path):
         checkpoint.save(
             tmp_path, step, {"w": np.array(step)}, {"segments": rings.segments}
         )
-        checkpoint.prune(tmp_path)
+        checkpoint.prune(tmp_path, step)
     names = [p.name for p in checkpoint.checkpoints(tmp_path)]
     assert names == ["step-000000008.ckpt", "step-000000007.ckpt"]
     for path in checkpoint.checkpoints(tmp_path):
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, 2, SOME, {})
-    assert checkpoint.checkpoints(tmp_path) == [path]
+    assert list(path.parent.iterdir()) == [path]
     assert same(read(path)[0], SOME)
 
 
@@ -185,8 +185,22 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
         checkpoint.save(tmp_path, step, SOME, EMPTY)
     checkpoint.path_of(tmp_path, 2).write_bytes(b"torn")
     checkpoint.save(tmp_path, 3, SOME, EMPTY)
-    checkpoint.prune(tmp_path)
+    checkpoint.prune(tmp_path, 3)
     assert same(read(checkpoint.path_of(tmp_path, 1))[0], SOME)
+
+
+def test_what_a_resumed_run_could_not_use_is_not_kept_for_it(tmp_path):
+    """A header says nothing of its segments: later checkpoints do not count as good."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for step in (8, 9):
+        checkpoint.save(tmp_path, step, SOME, EMPTY)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, SOME, EMPTY)
+        (folder / "step-000000004.tmp").write_bytes(b"killed while it was written")
+        checkpoint.prune(tmp_path, step)
+    steps = [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)]
+    assert steps == [9, 8, 3, 2] and not list(folder.glob("*.tmp"))
 
 
 def test_shape_hook_is_live(tmp_path):

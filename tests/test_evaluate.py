@@ -112,27 +112,35 @@ def weights(tmp_path_factory):
     return path, config, tuple(learner.subactor for learner in learners)
 
 
-def test_checkpoint_plays_the_episodes_that_training_ends_with(weights, capsys):
+def test_checkpoint_plays_the_episodes_that_training_ends_with(
+    weights, capsys, tmp_path, monkeypatch
+):
     path, config, subactors = weights
+    monkeypatch.chdir(tmp_path)
     expected = [x.score for x in islice(run.evaluation(config, subactors), 20)]
     argv = ["checkpoint", str(path), "--episodes", "20", "--videos"]
     assert evaluate.main(argv) == 0
-    found = json.loads((path.parent / "evaluation.json").read_text())
+    folder = tmp_path / "runs" / "catch"
+    found = json.loads((folder / "evaluation.json").read_text())
     assert found["eval_returns"] == expected and len(set(expected)) == 2
     assert found["eval_score"] == np.mean(expected)
     text = capsys.readouterr().out
     assert "best.gif: episode" in text and ", return 1\n" in text
     assert text.endswith(f", return {sorted(expected)[9]:g}\n")
     for name in ("best", "median"):
-        with Image.open(path.parent / "pictures" / f"{name}.gif") as film:
+        with Image.open(folder / "pictures" / f"{name}.gif") as film:
             assert film.n_frames <= 9 and film.size == (80, 160)
 
 
 def test_an_evaluation_stands_above_the_score_of_the_run(tmp_path):
     write_run(tmp_path / "run", score=5.0, train_score=-3.0)
-    (tmp_path / "run/evaluation.json").write_text('{"eval_score": 7.0}')
-    assert scores.read_run(tmp_path / "run/result.json", "eval").score == 7
-    assert scores.read_run(tmp_path / "run/result.json", "train").score == -3
+    result, later = tmp_path / "run/result.json", tmp_path / "run/evaluation.json"
+    for updates, score in (([40], 7), ([30], 5)):  # of the end, and of mid-training
+        later.write_text(json.dumps({"eval_score": 7.0, "updates": updates}))
+        finished = json.loads(result.read_text()) | {"updates": [40]}
+        result.write_text(json.dumps(finished))
+        assert scores.read_run(result, "eval").score == score
+        assert scores.read_run(result, "train").score == -3
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from jaxtyping import TypeCheckError
 
 import instruments
 import train
+from game import read_lines
 
 
 def test_shape_hook_is_live():
@@ -88,7 +89,7 @@ def test_rows_of_episodes_are_counted_alike():
 
 
 def test_losses_in_training_are_the_newest(tmp_path):
-    assert instruments.training_losses(tmp_path, 0) == {}
+    assert instruments.training_losses(read_lines(tmp_path), 0) == {}
     names = [f"level1/{name}" for name in (*instruments.LOSSES, "kl")]
     lines = [
         {"step": 4, **dict.fromkeys(names, 1.0)},
@@ -96,9 +97,10 @@ def test_losses_in_training_are_the_newest(tmp_path):
         {"step": 9, "episode_return": 3.0},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert instruments.training_losses(tmp_path, 0) == {}
-    found = instruments.training_losses(tmp_path, 1)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 10, "torn')
+    lines = read_lines(tmp_path)
+    assert instruments.training_losses(lines, 0) == {}
+    found = instruments.training_losses(lines, 1)
     assert found == {name: 2.0 for name in (*instruments.LOSSES, "kl")}
 
 

@@ -17,6 +17,7 @@ import report
 import train
 from config import TINY
 from etbs import Replay, StoredCarry
+from game import read_lines
 from nets import symlog
 from run import Run
 from s5wm import Latent, Transition
@@ -95,7 +96,7 @@ def test_the_command_line_leaves_the_run_as_it_is(drawn):
 
 def test_figures_show_every_metric_they_name(run):
     """A metric renamed elsewhere would leave an empty plot."""
-    lines, panels = report.read_lines(run.folder), []
+    lines, panels = read_lines(run.folder), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plot", lambda axes, panel, lines: panels.append(panel))
         for make in (report.rewards, report.losses, report.health):
@@ -145,7 +146,7 @@ def test_curves_lie_within_their_axes(run):
 
 
 def test_learning_curve_shows_references_and_evaluation(run):
-    figure = report.learning_curve(run, report.read_lines(run.folder))
+    figure = report.learning_curve(run, read_lines(run.folder))
     (axes,) = figure.axes
     assert {t.get_text() for t in axes.texts} == {"random\n-0.6", "best\n1"}
     assert axes.lines[0].get_xydata()[-1].tolist() == [49, 1]

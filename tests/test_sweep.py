@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +62,7 @@ def test_all_games_and_the_preset_that_suits_the_machine():
         ("--arm a=x --arm a=y", "each NAME once"),
         ("-- --tau 2", "--tau 2.0 is not possible"),
         ("--arm a=--levels=9", "--levels 9 is not possible"),
+        ("-- --seeds 2", "--seeds of train.py: give that of sweep.py, before --"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(argv, says, capsys):
@@ -69,6 +70,25 @@ def test_bad_input_is_one_line_before_anything_starts(argv, says, capsys):
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not ray.is_initialized()
+
+
+def test_a_preset_is_recognised_in_every_form():
+    on_gpus = plan(replace(CPU, games=("Pong",), gpus_per_run=1.0), ["--preset=cpu"])
+    assert on_gpus[0][1].preset == "cpu" and "atari100k" not in on_gpus[0][0].flags
+
+
+def test_runs_of_other_flags_are_not_taken_for_done(tmp_path, capsys):
+    argv = f"--games catch --seeds 1 --gpus-per-run 0 --out {tmp_path} --dry-run"
+    ((job, config),) = plan(CPU, ["--levels", "1"])
+    folder = tmp_path / job.name
+    folder.mkdir()
+    saved = json.dumps(asdict(replace(config, run_dir=str(folder))))
+    (folder / "config.json").write_text(saved)
+    (folder / "result.json").write_text('{"wall_seconds": 60}')
+    assert sweep.main([*argv.split(), "--", "--levels", "1"]) == 0
+    assert "0 of 1 runs to do" in capsys.readouterr().out
+    assert sweep.main([*argv.split(), "--", "--levels", "3"]) == 2
+    assert "trained with other flags: give another --out" in capsys.readouterr().err
 
 
 def test_dry_run_says_what_is_missing_and_where_its_hours_come_from(

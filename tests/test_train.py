@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import game
 import train
 from config import PRESETS, Config
 from run import Diverged, Run, load_config
@@ -147,6 +148,12 @@ def test_resuming_with_other_settings_names_each(whole, capsys):
     assert "--model.layers is 2, not 3" in error
 
 
+def test_resuming_as_the_shell_completes_it_within_bounds(whole, capsys):
+    assert train.parse(["--resume", f"{whole}/"]).game == "Pong"
+    assert train.main(["--resume", str(whole), "--checkpoint-every", "0"]) == 2
+    assert "--checkpoint-every 0 is not possible" in capsys.readouterr().err
+
+
 def state_of(folder: Path) -> tuple:
     """Everything that two equal runs share: bytes of metrics, arrays, counters."""
     arrays, meta = checkpoint.read(checkpoint.checkpoints(folder)[0])
@@ -180,6 +187,35 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert train.main(["--resume", str(folder), "--eval-episodes", "0"]) == 0
     assert "trying the one before" in capsys.readouterr().err
     assert state_of(folder) == state_of(whole)
+
+
+def test_a_run_is_not_started_over_where_checkpoints_are(whole, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(whole), str(folder)], check=True)
+    for path in (folder / "checkpoint").iterdir():
+        path.write_bytes(path.read_bytes()[:-5])
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "move the folder away to start over" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_full_disk_ends_in_a_line(tmp_path, capsys, monkeypatch):
+    """Metrics do not fit: what was saved before is named."""
+    folder = tmp_path / "run"
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(game.Game, "write", full)
+    assert train.main([*TINY, "--run-dir", str(folder)]) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: ")
+    assert "No space left on device; last good checkpoint: " in error
+    (tmp_path / "file").write_text("")
+    argv = [*TINY, "--run-dir", str(tmp_path / "file" / "run")]
+    assert train.main(argv) == 2
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_interrupt_saves_and_names_the_way_on(tmp_path, capsys):

@@ -22,8 +22,8 @@ import view
 from agent import init_learners
 from config import TINY
 from diagnose import decode_down
+from dreams import levels_of
 from game import UsageError, make_env
-from imagine import levels_of
 from nets import symexp
 from play import episode as let_play
 from run import load_weights, save_weights

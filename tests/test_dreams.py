@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-import imagine
+import dreams
 from agent import init_learners
 from config import TINY
 from game import make_env
@@ -30,7 +30,7 @@ def levels():
             noise = jax.random.normal(jax.random.key(i), leaf.shape)
             leaves[i] = leaf + 0.3 * abs(noise) if i % 2 else leaf + 0.3 * noise
     learners = jax.tree.unflatten(tree, leaves)
-    return imagine.levels_of(learners, let_play(CONFIG, learners, 2000))
+    return dreams.levels_of(learners, let_play(CONFIG, learners, 2000))
 
 
 def test_hook_is_live(levels):
