@@ -40,7 +40,7 @@ class EnvConfig:
     noops: Natural = 30
     """Upper bound, exclusive, of random no-op frames at reset (official:
     env.atari.noops)."""
-    delay: Count = 10
+    delay: Annotated[int, Between(1, 10**6)] = 10
     """D, blank steps between the cue and what it decides; for games recall and cue."""
 
 

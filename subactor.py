@@ -371,36 +371,17 @@ class Trainer(eqx.Module):
             learner.slow_critics,
             subactor.critics,
         )
-
-        def loss(actor, critics):
-            logits = critic_logits(critics, rollout.inputs)
-            value = sg(twohot_mean(logits))
-            returns = self._returns(reward, value, discount)
-            scale = self._return_scale(learner, returns)
-            advantage = (returns - value[:, :-1]) / jnp.maximum(1, scale)[:, None, None]
-            advantage = self._weights(subactor)[:, None, None] * advantage  # (SUB 3)
-            action_logits = jax.vmap(jax.vmap(actor))(rollout.inputs[:-1])
-            action_logits = action_logits.reshape(rollout.action.shape)
-            H_pi = entropy(action_logits)
-            ln_pi = log_prob(action_logits, rollout.action)
-            objective = ln_pi * advantage.sum(0) + self.entropy_scale * H_pi
-            actor_loss = -(weight * objective).mean()  # (SUB 4)
-            target = sg(twohot_mean(critic_logits(slow, rollout.inputs[:-1])))
-            logits = logits[:, :-1]
-            fit = twohot_log_prob(logits, returns) + twohot_log_prob(logits, target)
-            critic_loss = -(weight * fit).mean((1, 2))  # (SUB 5)
-            metrics = {"loss_actor": actor_loss, "entropy_actor": H_pi.mean()}
-            for r, name in enumerate(subactor.rewards):
-                metrics[f"loss_critic_{name}"] = critic_loss[r]
-                metrics[f"value_{name}"] = value[r].mean()
-                metrics[f"return_{name}"] = returns[r].mean()
-                metrics[f"return_scale_{name}"] = scale[r]
-                metrics[f"advantage_{name}"] = jnp.abs(advantage[r]).mean()
-            return actor_loss + critic_loss.sum(), (scale, metrics)
-
         (actor_grads, critic_grads), (scale, metrics) = jax.grad(
-            loss, argnums=(0, 1), has_aux=True
-        )(subactor.actor, subactor.critics)
+            self._behaviour_loss, has_aux=True
+        )(
+            (subactor.actor, subactor.critics),
+            learner,
+            rollout,
+            reward=reward,
+            discount=discount,
+            weight=weight,
+            slow=slow,
+        )
         adam = self._actor_critic_adam
         actor_step, actor_adam = adam.update(actor_grads, learner.actor_adam)
         critic_step, critics_adam = adam.update(critic_grads, learner.critics_adam)
@@ -428,6 +409,45 @@ class Trainer(eqx.Module):
                 critics_adam,
             ),
         ), metrics
+
+    def _behaviour_loss(
+        self,
+        learned: tuple[MLP, MLP],
+        learner: Learner,
+        rollout: Rollout,
+        *,
+        reward: Float[Array, "R tau M"],
+        discount: Float[Array, "R tau M"],
+        weight: Float[Array, "tau-1 M"],
+        slow: MLP,
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, " R"], Metrics]]:
+        """Of actor and critics, together; the scale of returns and metrics besides."""
+        actor, critics = learned
+        logits = critic_logits(critics, rollout.inputs)
+        value = sg(twohot_mean(logits))
+        returns = self._returns(reward, value, discount)
+        scale = self._return_scale(learner, returns)
+        advantage = (returns - value[:, :-1]) / jnp.maximum(1, scale)[:, None, None]
+        weights = self._weights(learner.subactor)[:, None, None]
+        advantage = weights * advantage  # (SUB 3)
+        action_logits = jax.vmap(jax.vmap(actor))(rollout.inputs[:-1])
+        action_logits = action_logits.reshape(rollout.action.shape)
+        H_pi = entropy(action_logits)
+        ln_pi = log_prob(action_logits, rollout.action)
+        objective = ln_pi * advantage.sum(0) + self.entropy_scale * H_pi
+        actor_loss = -(weight * objective).mean()  # (SUB 4)
+        target = sg(twohot_mean(critic_logits(slow, rollout.inputs[:-1])))
+        logits = logits[:, :-1]
+        fit = twohot_log_prob(logits, returns) + twohot_log_prob(logits, target)
+        critic_loss = -(weight * fit).mean((1, 2))  # (SUB 5)
+        metrics = {"loss_actor": actor_loss, "entropy_actor": H_pi.mean()}
+        for r, name in enumerate(learner.subactor.rewards):
+            metrics[f"loss_critic_{name}"] = critic_loss[r]
+            metrics[f"value_{name}"] = value[r].mean()
+            metrics[f"return_{name}"] = returns[r].mean()
+            metrics[f"return_scale_{name}"] = scale[r]
+            metrics[f"advantage_{name}"] = jnp.abs(advantage[r]).mean()
+        return actor_loss + critic_loss.sum(), (scale, metrics)
 
     def _weights(self, subactor: Subactor) -> Float[Array, " R"]:
         weights = dict(zip(REWARDS, self.reward_weights, strict=True))
