@@ -383,8 +383,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse(argv)
         run = open_run(config)
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"--run-dir: {error}; give a folder that can be written"
+        print(f"train.py: {what}", file=sys.stderr)
         return 2
     stop = Stop()
     describe(config, run)

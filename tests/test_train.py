@@ -215,7 +215,8 @@ def test_a_full_disk_ends_in_a_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     argv = [*TINY, "--run-dir", str(tmp_path / "file" / "run")]
     assert train.main(argv) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: --run-dir: ") and error.count("\n") == 1
 
 
 def test_interrupt_saves_and_names_the_way_on(tmp_path, capsys):
