@@ -236,11 +236,12 @@ def main(
 ) -> int:
     """Plays episodes of at most so many agent steps; exit code 2 for bad input."""
     try:
-        if episodes < 1 or steps < 2:
-            raise UsageError(
-                f"--episodes {episodes} --steps {steps}: give 1, 2 at least"
-            )
+        if episodes < 1:
+            raise UsageError(f"--episodes {episodes}: give 1 or more")
         config, learners = load_weights(run_dir)
+        least = config.period ** (config.levels - 1) + 1  # the highest acts twice
+        if steps < least:
+            raise UsageError(f"--steps {steps}: give {least} or more")
     except (UsageError, CheckpointError) as error:
         print(f"instruments.py: {error}", file=sys.stderr)
         return 2

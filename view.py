@@ -398,12 +398,11 @@ def main(
     for flag, value, low in (("episode-steps", episode_steps, 1), ("seed", seed, 0)):
         if value < low:
             raise UsageError(f"--{flag} {value} is not possible: give {low} or more")
-    if out is None:
-        out = place_of(run_dir) / "view.html"
-    if not out.parent.is_dir():
+    if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
     keep_compiled()
     config, learners = load_weights(run_dir)
+    out = out or place_of(run_dir) / "view.html"
     episode = let_play(config, learners, episode_steps, seed=seed)
     text = page(config, learners, episode, play)
     out.write_text(text)

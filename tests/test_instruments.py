@@ -109,6 +109,10 @@ def test_a_run_is_examined(tmp_path, capsys):
     flags = "--preset tiny --game catch --model.channels --model.strides --steps 12"
     run = train.open_run(train.parse([*flags.split(), "--run-dir", str(folder)]))
     run.save()
+    assert instruments.main(folder, episodes=0) == 2
+    assert instruments.main(folder, steps=4**2) == 2
+    said = capsys.readouterr().err
+    assert "--episodes 0: give 1 or more" in said and "--steps 16: give 17" in said
     assert instruments.main(folder, episodes=2) == 0
     said = capsys.readouterr().out
     assert "level 2" in said and "critic novelty" in said
