@@ -26,7 +26,7 @@ from test_subactor import (
     replace,
 )
 
-from etbs import Replay, halved, store_carry
+from etbs import Replay, halved, load_carry, store_carry
 from hieros import EnvStep, act, if_acting, init_state, push, remember
 from nets import Window, symlog
 
