@@ -41,7 +41,8 @@ from config import PRESETS, Config
 from cost import flops, matmul_peak, update_arguments
 from etbs import Replay, StoredCarry, load_carry
 from game import env_step
-from run import Run, commit, hardware, keep_compiled, one_heap, updates_by
+from machine import commit, hardware, keep_compiled, one_heap
+from run import Run, updates_by
 from s5wm import Carry, Transition
 from subactor import imagine
 

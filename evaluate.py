@@ -40,17 +40,11 @@ import atari
 from checkpoint import CheckpointError
 from config import Config
 from game import UsageError, make_env
+from machine import commit, keep_compiled
 from minatar_env import MinAtar
 from minatar_env import make as make_minatar
 from report import to_rgb
-from run import (
-    Episode,
-    commit,
-    evaluation,
-    keep_compiled,
-    load_weights,
-    place_of,
-)
+from run import Episode, evaluation, load_weights, place_of
 from scores import BadInput, markdown, read_agent, write
 from studies import interval, shown
 

@@ -34,7 +34,8 @@ import tyro
 import checkpoint
 import train
 from config import ATARI100K, Config, find_bounds
-from run import Run, commit, hardware, keep_compiled
+from machine import commit, hardware, keep_compiled
+from run import Run
 
 ROOT = Path(__file__).parent
 STEPS = 200

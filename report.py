@@ -29,7 +29,8 @@ import atari
 import probes
 from diagnose import STATES, Aim, OpenLoop, Pictures, aims, open_loop
 from game import UsageError, read_lines
-from run import Run, keep_compiled, load
+from machine import keep_compiled
+from run import Run, load
 
 GREY, LINES = "#666666", ("-", "--", ":")
 # Okabe and Ito's palette: colours that everybody can tell apart.

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 from game import read_lines
+from machine import commit
 from memory import MEASURES
-from run import commit
 from train import parse
 
 ROOT = Path(__file__).parent

@@ -31,16 +31,8 @@ import report
 from agent import precision_here
 from config import PRESETS, Config, out_of_bounds
 from game import GameError, UsageError
-from run import (
-    Diverged,
-    Run,
-    evaluation,
-    hardware,
-    keep_buffers,
-    keep_compiled,
-    keep_memory,
-    load_config,
-)
+from machine import hardware, keep_buffers, keep_compiled, keep_memory
+from run import Diverged, Run, evaluation, load_config
 
 # Matrix-product FLOPs of the published configuration per agent step (cost.py).
 FULL_FLOPS = 6.5e11

@@ -178,7 +178,7 @@ def test_pages_of_large_arrays_are_fetched_once():
 import resource
 import sys
 import jax, jax.numpy as jnp
-from run import keep_memory
+from machine import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 x = jnp.ones((1000, 10_000))
@@ -201,7 +201,7 @@ def test_pages_of_freed_buffers_are_kept():
 import resource
 import sys
 import numpy as np
-from run import keep_buffers
+from machine import keep_buffers
 if sys.argv[1] == "keep":
     keep_buffers()
 use = lambda: [np.ones(2**17) for _ in range(20)]
