@@ -367,21 +367,24 @@ def draw(found: dict, path: Path) -> None:
 
 
 def table(found: dict) -> str:
-    """Evaluation scores as Markdown, every seed shown, missing seeds too."""
+    """Evaluation scores as Markdown, every seed shown, missing seeds too.
+
+    The mean return in training, from first to last step, tells who learned sooner.
+    """
     measure = f"{found['measure']}, mean [95 %]"
-    rows = [
-        f"| task | arm | {measure} | each seed | minutes of training |",
-        "|---|---|---|---|---|",
-    ]
+    head = ("task", "arm", measure, "each seed", "mean return in training", "minutes")
+    rows = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     for task, arm, runs in cells(found):
         missing = len(set(range(found["seeds_asked"])) - {x["seed"] for x in runs})
         each = " ".join(f"{run['measured']:.2f}" for run in runs)
         each += f" ({missing} missing)" if missing else ""
-        score, minutes = "", ""
+        score, whole, minutes = "", "", ""
         if runs:
             score = shown([run["measured"] for run in runs])
+            curves = [[x for x in run["curve"] if x is not None] for run in runs]
+            whole = shown([float(np.mean(curve)) for curve in curves])
             minutes = f"{np.median([run['wall_seconds'] for run in runs]) / 60:.1f}"
-        rows.append(f"| {task} | {arm} | {score} | {each} | {minutes} |")
+        rows.append(f"| {task} | {arm} | {score} | {each} | {whole} | {minutes} |")
     return "\n".join(rows) + "\n"
 
 

@@ -99,7 +99,9 @@ def test_a_report_shows_what_is_missing_and_starts_nothing(
         (pictures / "dream.png").write_bytes(bytes([seed]))
     assert studies.main("catch", seeds=2, report=True, out=tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert lines[0].startswith("| one | a | 0.50 [0.00, 1.00] | 0.00 1.00 | 2.0 |")
+    assert lines[0] == (
+        "| one | a | 0.50 [0.00, 1.00] | 0.00 1.00 | 0.50 [0.50, 0.50] | 2.0 |"
+    )
     assert all("(2 missing)" in line for line in lines[1:]) and len(lines) == 4
     found = json.loads((tmp_path / "catch.json").read_text())
     assert found["commit"] == "abc" and found["seeds"] == [0, 1]
