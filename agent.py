@@ -1,9 +1,10 @@
-"""The agent: all levels with their replays, as one pytree and two jitted calls.
+"""The agent: all levels with their replays, as one pytree; acting and updating.
 
     act_and_store   the whole tower takes one agent step and remembers it
+    act_only        the same without remembering, to evaluate
     update          one level samples, learns, imagines and writes its carries back
 
-Of several seeds every array has one more axis in front, N, and both calls are vmapped.
+Of several seeds every array has one more axis in front, N, and these calls are vmapped.
 Keys are derived, not stored: acting folds the number of the call into the run's key,
 an update the number of the update, so a resumed run continues the same streams.
 
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 from config import Config, ModelConfig
 from etbs import Replay, load_carry, store_carry
 from hieros import EnvStep, TowerState, act, init_state, remember, where
+from learner import Learner, Trainer
 from nets import (
     BINS,
     MLP,
@@ -35,7 +37,7 @@ from nets import (
 )
 from rssm import RSSM
 from s5wm import S5WM, Heads, Transition
-from subactor import Learner, Subactor, Trainer
+from subactor import Subactor
 from subgoal import Autoencoder
 
 # What matrices are rounded to when they meet; sums, parameters, states and losses are
@@ -72,21 +74,6 @@ class Agent(NamedTuple):
         return tuple(learner.subactor for learner in self.learners)
 
 
-class Listed:
-    """Stands for a pytree in calls of jitted functions, which get that pytree.
-
-    Its leaves are listed once; JAX looks for those of all modules at every call.
-    """
-
-    def __init__(self, tree):
-        self.leaves, self.structure = jax.tree.flatten(tree)
-
-
-jax.tree_util.register_pytree_node(
-    Listed, lambda x: (x.leaves, x.structure), jax.tree.unflatten
-)
-
-
 def make_coders(
     model: ModelConfig, level: int, period: int, obs_shape: tuple, keys
 ) -> tuple[eqx.Module, int, eqx.Module]:
@@ -117,47 +104,55 @@ def make_coders(
     return encoder, encoder.outputs, ImageDecoder(feat, *image, key=keys[1])
 
 
-def make_subactor(
-    config: Config, level: int, obs_shape: tuple, actions: int, key: PRNGKeyArray
-) -> Subactor:
-    """One level of the tower that `config` describes."""
+def make_world_model(
+    config: Config, level: int, obs_shape: tuple, action_shape: tuple, keys
+) -> S5WM | RSSM:
+    """Dynamics with coders and heads, from five keys."""
     model = config.model
-    keys = jax.random.split(key, 7)
-    code_shape = (model.code_categoricals, model.code_classes)
-    action_shape = (1, actions) if level == 0 else code_shape
-    goal_shape = None if level == config.levels - 1 else code_shape
+    encoder_key, decoder_key, reward_key, cont_key, dynamics_key = keys
     z_shape = (model.z_categoricals, model.z_classes)
     feat = z_shape[0] * z_shape[1] + model.features
+    coder_keys = encoder_key, decoder_key
     encoder, embed, decoder = make_coders(
-        model, level, config.period, obs_shape, keys[:2]
+        model, level, config.period, obs_shape, coder_keys
     )
-    layers, width = model.head_layers, model.width
+    head = partial(MLP, feat, model.width, model.head_layers)
     heads = Heads(
         decoder,
-        reward=MLP(feat, width, layers, BINS, last_scale=0.0, key=keys[2]),
-        cont=MLP(feat, width, layers, 1, key=keys[3]),
+        reward=head(BINS, last_scale=0.0, key=reward_key),
+        cont=head(1, key=cont_key),
     )
     sizes = {
         "z_shape": z_shape,
         "features": model.features,
         "width": model.latent_width,
-        "key": keys[4],
+        "key": dynamics_key,
     }
     if config.world_model == "rssm":
-        world_model = RSSM(encoder, embed, heads, action_shape, **sizes)
-    else:
-        world_model = S5WM(
-            encoder,
-            embed,
-            heads,
-            action_shape,
-            layers=model.layers,
-            states=model.states,
-            blocks=model.blocks,
-            scaled=model.scaled,
-            h_source=model.h_source,
-            **sizes,
-        )
+        return RSSM(encoder, embed, heads, action_shape, **sizes)
+    return S5WM(
+        encoder,
+        embed,
+        heads,
+        action_shape,
+        layers=model.layers,
+        states=model.states,
+        blocks=model.blocks,
+        scaled=model.scaled,
+        h_source=model.h_source,
+        **sizes,
+    )
+
+
+def make_subactor(
+    config: Config, level: int, obs_shape: tuple, actions: int, key: PRNGKeyArray
+) -> Subactor:
+    """One level of the tower that `config` describes."""
+    model = config.model
+    *model_keys, code_key, behaviour_key = jax.random.split(key, 7)
+    code_shape = (model.code_categoricals, model.code_classes)
+    action_shape = (1, actions) if level == 0 else code_shape
+    goal_shape = None if level == config.levels - 1 else code_shape
     rewards = ["extrinsic"]
     if goal_shape is not None:
         rewards.append("subgoal")
@@ -171,18 +166,18 @@ def make_subactor(
             encoder_width=model.code_encoder_width,
             decoder_width=model.code_decoder_width,
             layers=3,
-            key=keys[5],
+            key=code_key,
         )
     return Subactor(
-        world_model,
+        make_world_model(config, level, obs_shape, action_shape, model_keys),
         autoencoder,
         action_shape,
         goal_shape,
         tuple(rewards),
-        features=feat,
-        width=width,
-        layers=layers,
-        key=keys[6],
+        features=model.z_categoricals * model.z_classes + model.features,
+        width=model.width,
+        layers=model.head_layers,
+        key=behaviour_key,
     )
 
 
@@ -207,8 +202,8 @@ def init_learners(
 def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
-    A level's replay has room for every step of the run, unless `capacity` is less
-    or most episodes are shorter than a goal is held.
+    A level's replay has room for every step of the run and, above level 0, for 10,000
+    ends of episodes; beyond that, or beyond `capacity`, the oldest entries go.
     """
     model_key, run_key = jax.random.split(jax.random.key(seed))
     learners = init_learners(config, obs_shape, actions, key=model_key)

@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from etbs import load_carry
+from learner import Learner
 from nets import mode_onehot, symexp
 from run import Run
 from s5wm import Carry, Latent, Transition, WorldModel
-from subactor import Learner
 from subgoal import subgoal_reward
 
 CONTEXT, IMAGINED, WINDOWS = 8, 24, 64

@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from diagnose import Pictures, decode, decode_down
+from learner import Learner
 from play import Episode, LevelPlay
 from s5wm import Latent
-from subactor import Learner, Subactor
+from subactor import Subactor
 
 
 class Dream(NamedTuple):

@@ -6,12 +6,12 @@
     density over relative age v, large m: 1 / ((1 - τ) - τ ln u(v))   (ETBS 3)
 
 Uniform draws from a growing buffer give entry i about ln(n/i) draws: old data is
-over-used. (ETBS 2) remaps one uniform variate so that new data is drawn more often,
-m is the number of windows. Old data stays ahead: draws per tenth of the entries, oldest
-to newest, go from 3.31 to 0.05 by uniform draws, from 2.64 to 0.07 with τ = 0.3, from
-1.80 to 0.29 with τ = 1. (ETBS 2) interpolates *indices*, not densities. The formula
-p_ETBS of the paper's slides is not a distribution, and inverting their CDF worsens the
-imbalance.
+over-used. (ETBS 2) remaps one uniform variate so that new data is drawn more often; m
+is the number of windows that the ring holds now. Old data stays ahead: draws per tenth
+of the entries, oldest to newest, go from 3.31 to 0.05 by uniform draws, from 2.64 to
+0.07 with τ = 0.3, from 1.80 to 0.29 with τ = 1. (ETBS 2) interpolates *indices*, not
+densities. The formula p_ETBS of the paper's slides is not a distribution, and inverting
+their CDF worsens the imbalance.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Robine et al., "Transformer-
 based World Models", 2023 (count-balanced). Official: embodied/replay/selectors.py.
@@ -31,7 +31,7 @@ BALANCE_TEMPERATURE = 20.0
 
 
 def etbs_cdf(u: Float[Array, "*B"], m: Int[Array, ""]) -> Float[Array, "*B"]:
-    """F at quantile u of a buffer of m entries: 0 at u = 0, 1 at u = 1. (ETBS 1)
+    """F at quantile u of m windows: 0 at u = 0, 1 at u = 1. (ETBS 1)
 
     Numerator and denominator are divided by n, which float32 needs at m = 10⁷.
     """
@@ -61,8 +61,9 @@ class Replay(eqx.Module):
     """A level's experience on the device: a ring of C entries, oldest overwritten.
 
     `carries[t]` is the state after entry t, x in float16: a tower that plays on keeps
-    float32, and a window rounds the state it starts from but once. Arrays have one row
-    more than the capacity: it swallows the writes of a level that does not act.
+    float32, and a window rounds the state it starts from but once. `draws` counts the
+    windows that began at an entry. Arrays have one row more than the capacity: it
+    swallows the writes of a level that does not act.
     """
 
     steps: Transition
@@ -76,7 +77,7 @@ class Replay(eqx.Module):
         """An empty ring for entries shaped like `step` and `carry`."""
         rows = lambda x: jnp.zeros((capacity + 1, *x.shape), x.dtype)
         self.steps = jax.tree.map(rows, step)
-        self.carries = jax.tree.map(rows, halved(carry))
+        self.carries = jax.tree.map(rows, in_float16(carry))
         self.draws = jnp.zeros(capacity + 1)
         self.head, self.size = jnp.array(0, jnp.int32), jnp.array(0, jnp.int32)
         self.capacity = capacity
@@ -89,7 +90,7 @@ class Replay(eqx.Module):
         write = lambda ring, x: ring.at[row].set(x)
         new = (
             jax.tree.map(write, self.steps, step),
-            jax.tree.map(write, self.carries, halved(carry)),
+            jax.tree.map(write, self.carries, in_float16(carry)),
             self.draws.at[row].set(0),
             jnp.where(acts, (self.head + 1) % self.capacity, self.head),
             jnp.where(acts, jnp.minimum(self.size + 1, self.capacity), self.size),
@@ -150,7 +151,7 @@ class Replay(eqx.Module):
             row, carry = row_carry
             return jax.tree.map(lambda r, c: r.at[row].set(c), ring, carry), None
 
-        carries, _ = jax.lax.scan(write, self.carries, (rows, halved(carries)))
+        carries, _ = jax.lax.scan(write, self.carries, (rows, in_float16(carries)))
         return eqx.tree_at(lambda r: r.carries, self, carries)
 
 
@@ -160,13 +161,13 @@ def store_carry(carry: Carry) -> StoredCarry:
     return StoredCarry(x, jnp.argmax(carry.z, -1).astype(jnp.uint8))
 
 
-def halved(carry: StoredCarry) -> StoredCarry:
+def in_float16(carry: StoredCarry) -> StoredCarry:
     """x in float16: states of order 1 with three digits, half the memory and disk."""
     return StoredCarry(tuple(x.astype(jnp.float16) for x in carry.x), carry.z)
 
 
 def load_carry(carry: StoredCarry, classes: int) -> Carry:
-    """Inverse of `store_carry`; of `halved`, up to the rounding."""
+    """Inverse of `store_carry`; of `in_float16`, up to the rounding."""
     x = [x.astype(jnp.float32) for x in carry.x]
     x = jax.lax.complex(*x) if len(x) == 2 else x[0]
     return Carry(x, jax.nn.one_hot(carry.z, classes))

@@ -20,6 +20,9 @@ Axes: S categoricals of z, H features of h, G groups of an action, Sg of a goal.
 k is the period, K_i a level's stride, K (nets.py) a number of classes.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -118,6 +121,26 @@ def infer(
     return model.step(carry, state.action, is_first, obs, key=key)
 
 
+def take_in(
+    state: LevelState, step: EnvStep, below: Acted | None, stride: int
+) -> LevelState:
+    """The level with the game's new step: its window (TOW 2), its reward (TOW 3).
+
+    `below` is what the level below did. The world model itself clears the carry.
+    """
+    window = state.window
+    if below is not None:
+        pushed = push(window, step.is_first, below.latent)  # (TOW 2)
+        window = where(below.acts, pushed, window)
+    reward = state.reward + step.reward / stride  # (TOW 3)
+    return LevelState(
+        carry=state.carry,
+        action=jnp.where(step.is_first, 0, state.action),
+        window=window,
+        reward=jnp.where(step.is_first, 0.0, reward),
+    )
+
+
 def act(
     subactors: tuple[Subactor, ...],
     tower: TowerState,
@@ -132,61 +155,33 @@ def act(
     """
     clock = jnp.where(step.is_first, 0, tower.clock)
     keys = jax.random.split(key, (len(subactors), 2))
-    acts, latents, states, observations = [], [], [], []
-
+    states, acted, below = [], [], None
     for i, (subactor, state) in enumerate(zip(subactors, tower.levels, strict=True)):
-        due = (clock % period**i == 0) | step.is_last  # (TOW 1)
-        window = state.window
-        if i > 0:
-            pushed = push(window, step.is_first, latents[-1])  # (TOW 2)
-            window = where(acts[-1], pushed, window)
-        obs = step.obs if i == 0 else window
-        reward = state.reward + step.reward / period**i  # (TOW 3)
-        state = LevelState(
-            carry=state.carry,
-            action=jnp.where(step.is_first, 0, state.action),
-            window=window,
-            reward=jnp.where(step.is_first, 0.0, reward),
-        )
+        acts = (clock % period**i == 0) | step.is_last  # (TOW 1)
+        state = take_in(state, step, below, period**i)
+        obs = step.obs if i == 0 else state.window
         latent = if_acting(
-            due,
-            lambda s=subactor, x=state, o=obs, k=keys[i, 0]: infer(
-                s, x, o, step.is_first, key=k
-            ),
+            acts, partial(infer, subactor, state, obs, step.is_first, key=keys[i, 0])
         )
-        acts.append(due)
-        latents.append(latent)
+        flags = {"is_first": step.is_first, "is_terminal": step.is_terminal}
+        seen = Transition(obs, state.action, state.reward, **flags, goal=None)
+        below = Acted(acts, seen, latent)
         states.append(state)
-        observations.append(obs)
+        acted.append(below)
 
-    goal, acted = None, [None] * len(subactors)
+    goal = None
     for i in reversed(range(len(subactors))):
-        subactor, state, latent, due = subactors[i], states[i], latents[i], acts[i]
+        acts, seen, latent = acted[i].acts, acted[i].step, acted[i].latent
         action = if_acting(
-            due,
-            lambda s=subactor, x=latent, g=goal, k=keys[i, 1]: s.act(x, g, key=k),
+            acts, partial(subactors[i].act, latent, goal, key=keys[i, 1])
         )
-        action = jnp.where(due, action, state.action)
-        acted[i] = Acted(
-            acts=due,
-            step=Transition(
-                obs=observations[i],
-                action=state.action,
-                reward=state.reward,
-                is_first=step.is_first,
-                is_terminal=step.is_terminal,
-                goal=goal,
-            ),
-            latent=latent,
+        done = LevelState(
+            store_carry(latent.carry), action, states[i].window, jnp.zeros(())
         )
-        states[i] = LevelState(
-            carry=where(due, store_carry(latent.carry), state.carry),
-            action=action,
-            window=state.window,
-            reward=jnp.where(due, 0.0, state.reward),
-        )
-        goal = action  # (TOW 4)
-    return TowerState(clock + 1, tuple(states)), action[0], tuple(acted)
+        states[i] = where(acts, done, states[i])
+        acted[i] = Acted(acts, replace(seen, goal=goal), latent)
+        goal = states[i].action  # (TOW 4)
+    return TowerState(clock + 1, tuple(states)), states[0].action[0], tuple(acted)
 
 
 def where(condition: Bool[Array, ""], yes, no):

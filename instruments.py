@@ -29,12 +29,13 @@ from jaxtyping import Float
 from checkpoint import CheckpointError
 from config import Config
 from game import UsageError, read_lines
+from learner import REWARDS, Learner
 from machine import keep_compiled
 from nets import mode_onehot, twohot_mean, unimix_probs
 from play import Episode, LevelPlay, episode
 from run import load_weights, place_of
 from s5wm import Transition, prediction_losses
-from subactor import REWARDS, Learner, lambda_return
+from subactor import lambda_return
 from subgoal import autoencoder_loss, subgoal_reward
 
 Rows = Float[np.ndarray, " n"]

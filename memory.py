@@ -16,10 +16,10 @@ from jaxtyping import Float
 
 from config import Config
 from instruments import predicted_rewards
+from learner import Learner
 from nets import mode_onehot, unimix_probs
 from play import LevelPlay, episode
 from run import load_weights
-from subactor import Learner
 
 Features = Float[np.ndarray, "n F"]
 Signs = Float[np.ndarray, " n"]

@@ -20,12 +20,13 @@ Differs from the official code in: Δ11 z windows are scored by cross-entropy.
 Axes: S categoricals × K classes of z, k steps of a window, H features.
 """
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 LAYER_NORM_EPS = 1e-3
 UNIMIX = 0.01
@@ -288,9 +289,7 @@ class ImageEncoder(eqx.Module):
             for c_in, c_out, s, k in zip(inputs, channels, strides, keys, strict=True)
         )
         self.norms = tuple(eqx.nn.LayerNorm(c, LAYER_NORM_EPS) for c in channels)
-        total = 1
-        for s in strides:
-            total *= s
+        total = math.prod(strides)
         self.outputs = (height // total) * (width // total) * channels[-1]
 
     def __call__(self, image: UInt8[Array, "h w c"]) -> Float[Array, " embed"]:
@@ -320,9 +319,7 @@ class ImageDecoder(eqx.Module):
     ):
         height, width, pixel_channels = shape
         first_key, *keys = jax.random.split(key, len(strides) + 1)
-        total = 1
-        for s in strides:
-            total *= s
+        total = math.prod(strides)
         self.start = (height // total, width // total, channels[-1])
         size = self.start[0] * self.start[1] * self.start[2]
         self.first = eqx.nn.Linear(features, size, key=first_key)
@@ -417,6 +414,6 @@ def window_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy of every z plus squared error of symlog(h), both summed."""
     logits, h = predicted
-    target: Int[Array, "k S 1"] = window.z[..., None].astype(int)
+    target = window.z[..., None].astype(int)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), target, -1)
     return jnp.sum((h - window.h.astype(float)) ** 2) - jnp.sum(log_p)

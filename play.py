@@ -23,10 +23,10 @@ from agent import matmul_precision
 from atari import Atari
 from config import Config
 from game import env_step, make_env
+from learner import Learner
 from nets import kl_divergence, twohot_mean, unimix_probs
 from s5wm import Latent, Transition
-from subactor import Learner, critic_logits
-from subgoal import subgoal_reward
+from subactor import critic_logits
 
 act = jax.jit(hieros.act, static_argnames="period")
 
@@ -92,9 +92,8 @@ def screen(
 def think(learner: Learner, steps: Transition, latent: Latent) -> Thoughts:
     """Everything about a level's rows that acting computes and does not return."""
     subactor = learner.subactor
-    model, autoencoder, goal = subactor.world_model, subactor.autoencoder, None
-    if steps.goal is not None:
-        goal = jax.nn.one_hot(steps.goal, subactor.goal_shape[1])
+    model, autoencoder = subactor.world_model, subactor.autoencoder
+    goal = subactor.goal_onehot(steps.goal)
     before = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:-1]]), latent.carry)
     # Windows of one step: q sees the very carry that acting had, in an RSSM too.
     alone = jax.tree.map(lambda x: x[:, None], steps)
@@ -102,21 +101,14 @@ def think(learner: Learner, steps: Transition, latent: Latent) -> Thoughts:
     posterior = jax.vmap(observe)(alone, before)[1][:, 0]
     inputs = jax.vmap(subactor.policy_input)(latent, goal)[0]
     logits = critic_logits(subactor.critics, inputs[:, None])[:, :, 0]
-    rewards, S, G = {"extrinsic": steps.reward}, None, None
-    if autoencoder is not None:
-        S = learner.standardiser(latent.h)
-        rewards["novelty"] = jax.vmap(autoencoder.novelty)(S)
-    if goal is not None:
-        G = jax.vmap(autoencoder.decode)(goal)
-        rewards["subgoal"] = jax.vmap(subgoal_reward)(G, S)
     return Thoughts(
         posterior=posterior,
         surprise=kl_divergence(posterior, latent.prior),  # (PLAY 1)
         policy=unimix_probs(jax.vmap(subactor.action_logits)(inputs)),
-        rewards=rewards,
+        rewards=learner.rewards(steps.reward, latent.h, goal),
         values=dict(zip(subactor.rewards, twohot_mean(logits), strict=True)),
-        state=S,
-        goal=G,
+        state=None if autoencoder is None else learner.standardiser(latent.h),
+        goal=None if goal is None else jax.vmap(autoencoder.decode)(goal),
     )
 
 

@@ -23,7 +23,6 @@ from jaxtyping import Array
 import checkpoint
 from agent import (
     Agent,
-    Listed,
     act_and_store,
     act_only,
     init_agents,
@@ -36,13 +35,29 @@ from config import Config, from_json
 from cost import flops, update_arguments
 from game import COUNTS, Game, UsageError, env_step, make_env
 from hieros import init_state
-from subactor import Learner, Subactor
+from learner import Learner
+from subactor import Subactor
 
 EVAL_SEED = 1_000_000
 
 
 class Diverged(Exception):
     """A loss, gradient or statistic is not finite."""
+
+
+class Listed:
+    """Stands for a pytree in calls of jitted functions, which get that pytree.
+
+    Its leaves are listed once; JAX looks for those of all modules at every call.
+    """
+
+    def __init__(self, tree):
+        self.leaves, self.structure = jax.tree.flatten(tree)
+
+
+jax.tree_util.register_pytree_node(
+    Listed, lambda x: (x.leaves, x.structure), jax.tree.unflatten
+)
 
 
 @jax.jit

@@ -6,7 +6,7 @@
     y_t = 2 Re(C̃ x_t) + D ⊙ u_t                                    (S5 4)
     (a_j, b_j) ∘ (a_i, b_i) = (a_j a_i, a_j b_i + b_j)              (S5 5)
     u ← u + GELU(W · S5(LN(u))),  N times, then LN                  (S5 6)
-    A = -½ ⊕ (√(2n+1)√(2k+1)/2, antisymmetric) = V Λ V⁻¹            (S5 7)
+    A = -½ I + N,  N_nk = ∓½ √(2n+1) √(2k+1), - for n > k;  = V Λ V⁻¹  (S5 7)
 
 Only one of each conjugate pair is kept, hence 2 Re. The state scale s = Δ^(-1/2)
 gives slow modes, which are the memory, the same size as fast ones. Resets multiply

@@ -8,10 +8,12 @@
     ẑ_t ~ p(z_t | m_t)                                              (WM 6)
     ô_t, r̂_t, ĉ_t from feat_t = [z_t; h_t]                          (WM 7)
     L = L_pred + 0.5 max(f, KL[sg q ‖ p]) + 0.1 max(f, KL[q ‖ sg p])  (WM 8)
+    L_pred = |ô_t - o_t|² - ln p(r_t) - ln p(c_t)                     (WM 9)
 
-r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1. The logits of
-q start with a spread of about 2: a code that says something from the start is one that
-the decoder learns to read, instead of drawing from h alone.
+r_t and o_t arrive together; a_{t-1} led to them; f are the free nats, 1 as published.
+Squared errors of pictures weigh as if of 64×64×3 values, windows have their own loss
+(nets.py). The logits of q start with a spread of about 2: a code that says something
+from the start is one that the decoder learns to read, instead of drawing from h alone.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official: hieros/
 networks.py; hieros/models.py, class WorldModel. Differs from the official code in:
@@ -301,10 +303,10 @@ def prediction_losses(
     reward: Float[Array, ""],
     is_terminal: Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """L_pred of one step: observation, reward and continuation. (WM 8)"""
+    """L_pred of one step, its three summands: o, r and c. (WM 9)"""
     of_observation = window_loss if isinstance(obs, Window) else image_loss
     cont = heads.cont(feat)[0]
-    return (
+    return (  # (WM 9)
         of_observation(heads.decoder(feat), obs),
         -twohot_log_prob(heads.reward(feat), reward),
         jax.nn.softplus(jnp.where(is_terminal, cont, -cont)),
@@ -329,20 +331,20 @@ def world_model_loss(
     sg = jax.lax.stop_gradient
 
     per_step = jax.vmap(jax.vmap(partial(prediction_losses, model.heads)))
-    image, reward, cont = per_step(
+    observation, reward, cont = per_step(
         latent.feat, batch.obs, batch.reward, batch.is_terminal
     )
     kl_dyn = kl_divergence(sg(q), latent.prior)
     kl_rep = kl_divergence(q, sg(latent.prior))
     loss = (
-        image
+        observation
         + reward
         + cont
         + 0.5 * jnp.maximum(free_nats, kl_dyn)
         + 0.1 * jnp.maximum(free_nats, kl_rep)
     ).mean()  # (WM 8)
     metrics = {
-        "loss_observation": image.mean(),
+        "loss_observation": observation.mean(),
         "loss_reward": reward.mean(),
         "loss_cont": cont.mean(),
         "kl": kl_dyn.mean(),

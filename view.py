@@ -32,12 +32,12 @@ from config import Config
 from diagnose import Pictures, sought
 from dreams import Level, levels_of
 from game import UsageError, make_env
+from learner import Learner
 from machine import keep_compiled
 from play import Episode
 from play import episode as let_play
 from report import to_rgb
 from run import load_weights, place_of
-from subactor import Learner
 
 TEMPLATE = Path(__file__).with_name("view.html")
 PAGE_BYTES = 15_000_000

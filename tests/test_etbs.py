@@ -20,7 +20,7 @@ from etbs import (
     StoredCarry,
     etbs_cdf,
     etbs_index,
-    halved,
+    in_float16,
     load_carry,
     store_carry,
 )
@@ -316,12 +316,12 @@ def test_stored_carries_load_as_they_were(key, batch, dtype):
     same(loaded.x, x)
     same(loaded.z, z)
     jax.tree.map(same, store_carry(loaded), stored)
-    kept = halved(stored)
+    kept = in_float16(stored)
     assert {part.dtype for part in kept.x} == {jnp.dtype("float16")}
     rounded = load_carry(kept, 7)
     assert rounded.x.dtype == x.dtype
     np.testing.assert_allclose(rounded.x, x, rtol=2**-10, atol=1e-7)
-    jax.tree.map(same, halved(store_carry(rounded)), kept)
+    jax.tree.map(same, in_float16(store_carry(rounded)), kept)
 
 
 # Balanced by counts

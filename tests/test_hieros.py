@@ -26,7 +26,7 @@ from test_subactor import (
     replace,
 )
 
-from etbs import Replay, halved, load_carry, store_carry
+from etbs import Replay, in_float16, load_carry, store_carry
 from hieros import EnvStep, act, if_acting, init_state, push, remember
 from nets import Window, symlog
 
@@ -358,7 +358,7 @@ def test_nothing_leaks_into_the_next_episode(levels, period, key, start, one, tw
     jax.tree.map(same, after(key + 1, one), after(key + 2, two))
 
 
-stored_form = jit(jax.vmap(lambda latent: halved(store_carry(latent.carry))))
+stored_form = jit(jax.vmap(lambda latent: in_float16(store_carry(latent.carry))))
 
 
 @jit

@@ -395,7 +395,11 @@ def test_levels_differ_in_rewards_goals_and_codes():
     for (levels, level), (rewards, weights, action, goal) in expected.items():
         subactor = shapes(levels, level)
         assert list(subactor.rewards) == rewards
-        close(TRAINER._weights(subactor), weights)
+        own_weights, discounts = TRAINER._of_each_reward(subactor)
+        close(own_weights, weights)
+        gamma = TRAINER.discount
+        held = {"subgoal": TRAINER.goal_discount}
+        close(discounts, [gamma * held.get(name, 1) for name in rewards])
         assert (subactor.action_shape, subactor.goal_shape) == (action, goal)
         assert (subactor.autoencoder is None) == (levels == 1)
         inputs = feat + 3 + (SG * KG if goal else 0)
