@@ -15,9 +15,10 @@ Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
 entropy, Δ13 goals decoded now, Δ15 advantages are normalised, Δ25 γ_subgoal.
 
-Axes: R rewards, τ imagined time, steps τ - 1, M start states, G × A action code, Sg × Kg
-goal code, H features of h, I inputs of actor and critics. As values R_τ is a return, A_τ
-an advantage; `sg` stops gradients. Of the `horizon` imagined states the start is one.
+Axes: R rewards, τ imagined time, steps τ - 1, M start states, G × A action code, Sg ×
+Kg goal code, H features of h, I inputs of actor and critics. As values R_τ is a return,
+A_τ an advantage; `sg` stops gradients. Of the `horizon` imagined states the start is
+one.
 """
 
 import equinox as eqx

@@ -3,6 +3,7 @@
 Agents are `tiny` with smaller networks; `used` ones have played twenty steps.
 """
 
+from dataclasses import asdict
 from functools import cache, partial
 
 import equinox as eqx
@@ -18,6 +19,9 @@ from test_subactor import ACTIONS, CONFIG, PICTURE, jit, parts_equal, replace
 import agent
 from config import PRESETS
 from cost import update_arguments
+from etbs import load_carry, store_carry
+from learner import Trainer
+from s5wm import Carry
 
 TWO = replace(CONFIG, levels=2)
 FLAT = replace(CONFIG, levels=1)
@@ -148,6 +152,44 @@ def test_update_writes_back_the_carries_it_has_seen():
     covered = {int(start) + t for start in drawn for t in range(TWO.length)}
     assert set(np.flatnonzero(changed)) <= covered and changed.sum() >= TWO.length - 1
     jax.tree.map(same, before.steps, after.steps)
+
+
+REPLAY_SETTINGS = [
+    ("etbs", 0.0, "stored"),
+    ("etbs", 1.0, "zero"),
+    ("balanced", 1.0, "zero"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "tau", "carry"), REPLAY_SETTINGS)
+def test_the_trainer_is_given_windows_and_its_carries_are_kept(sampler, tau, carry):
+    """Sampler, τ and carry as they are set; a trainer that only looks."""
+    seen, B, T = [], 16, FLAT.length
+
+    class Looking(Trainer):
+        def update(self, learner, batch, carry, *, key):
+            number = jnp.arange(B * T, dtype=float).reshape(B, T)
+            x = number[..., None, None] + jnp.zeros_like(carry.x)[:, None]
+            carries = Carry(x, jnp.repeat(carry.z[:, None], T, 1))
+            seen.extend([(batch, carry), carries])
+            return learner, carries, {}
+
+    a = used(FLAT)
+    learner, replay = a.learners[0], a.replays[0]
+    given = {"sampler": sampler, "tau": tau, "carry": carry, "batch": B}
+    given["trainer"] = Looking(**asdict(FLAT.trainer))
+    settings = update_arguments(FLAT) | given
+    _, after, _, rows = agent.update.__wrapped__(
+        learner, replay, a.key, level=0, **settings
+    )
+    key = jax.random.fold_in(jax.random.fold_in(a.key, 1), learner.updates)
+    key = jax.random.split(key)[0]
+    same(rows, replay.sample(B, T, sampler, tau, key=key)[1])
+    steps, before = replay.windows(rows, carry)
+    inputs, carries = seen
+    jax.tree.map(same, inputs, (steps, load_carry(before, inputs[1].z.shape[-1])))
+    kept = replay.refresh(rows, store_carry(carries)).carries
+    jax.tree.map(same, after.carries, kept)
 
 
 def test_update_donates_learner_and_replay():
@@ -342,6 +384,26 @@ def test_published_sizes():
     assert (window.z.dtype, window.h.dtype) == (jnp.uint8, jnp.float16)
     assert window.z.shape[1:] == (4, 32) and window.h.shape[1:] == (4, 256)
     assert a.replays[0].steps.goal.shape[1:] == (8,)
+
+
+def test_no_two_rows_of_weights_start_alike():
+    """Not in two layers, heads, critics or levels: no key is used twice."""
+    rows = [
+        row / np.linalg.norm(row)
+        for leaf in map(np.asarray, jax.tree.leaves(fresh(TWO).subactors))
+        if leaf.ndim > 1
+        for row in leaf.reshape(-1, leaf.shape[-1])
+        if np.ptp(row) > 0
+    ]
+    assert len({tuple(row.round(4)) for row in rows}) == len(rows)
+
+
+def test_states_can_be_left_unscaled():
+    """Δ22, through all that builds a level."""
+    model = replace(FLAT.model, scaled=False)
+    (learner,) = shapes(replace(FLAT, model=model)).learners
+    blocks = learner.subactor.world_model.stack.blocks
+    assert not any(block.ssm.scaled for block in blocks)
 
 
 def test_the_seed_makes_the_agent():

@@ -140,6 +140,27 @@ def test_segments_of_another_shape_are_refused(tmp_path):
         rings.restore("level0", {"b": np.zeros((5, 2), np.int32)})
 
 
+def test_a_segment_that_another_run_wrote_is_refused(tmp_path):
+    rings = Rings(tmp_path)
+    rings.append("level0", {"a": np.zeros((3, 2), np.int32)}, 3, 4)
+    (path,) = tmp_path.glob("*.seg")
+    write(path, {"a": np.ones((3, 2), np.int32)}, {})
+    with pytest.raises(CheckpointError, match="damaged header"):
+        rings.restore("level0", {"a": np.zeros((5, 2), np.int32)})
+
+
+def test_arrays_fill_a_tree_of_their_names_shapes_and_types(tmp_path):
+    tree = {"w": np.arange(3, dtype=np.float32), "n": (np.array(7, np.int32),)}
+    arrays = checkpoint.named(tree)
+    filled = checkpoint.fill(tree | {"w": 0 * tree["w"]}, arrays, tmp_path)
+    assert same(checkpoint.named(filled), arrays)
+    for w in (np.zeros(4, np.float32), np.zeros(3, np.float16)):
+        with pytest.raises(CheckpointError, match="another configuration"):
+            checkpoint.fill(tree | {"w": w}, arrays, tmp_path)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        checkpoint.fill(tree | {"more": tree["w"]}, arrays, tmp_path)
+
+
 def test_the_newest_two_stay_with_their_segments(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -185,6 +206,16 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
         checkpoint.save(tmp_path, step, SOME, EMPTY)
     checkpoint.path_of(tmp_path, 2).write_bytes(b"torn")
     checkpoint.save(tmp_path, 3, SOME, EMPTY)
+    checkpoint.prune(tmp_path, 3)
+    assert same(read(checkpoint.path_of(tmp_path, 1))[0], SOME)
+
+
+def test_a_newest_checkpoint_with_a_torn_array_replaces_none(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, SOME, EMPTY)
+    newest = checkpoint.path_of(tmp_path, 3)
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     checkpoint.prune(tmp_path, 3)
     assert same(read(checkpoint.path_of(tmp_path, 1))[0], SOME)
 

@@ -335,13 +335,16 @@ def ending_at(end, lengths):
 
 
 @towers
-@given(key=keys, start=st.integers(2, 16), one=lengths, two=lengths)
-def test_nothing_leaks_into_the_next_episode(levels, period, key, start, one, two):
-    """Two pasts that end at any step: other pictures, rewards, keys and lengths."""
+@given(key=keys, start=st.integers(2, 16), one=lengths, two=lengths, ends=st.booleans())
+def test_nothing_leaks_into_the_next_episode(
+    levels, period, key, start, one, two, ends
+):
+    """Two pasts that end or break off at any step: other pictures, rewards, keys."""
     future = game(key, [12])
 
     def after(past_key, lengths):
         past = game(past_key, ending_at(start, lengths))
+        past.is_last[start - 1] = ends
         join = lambda p, f: np.concatenate([p[:start], f[: N - start]])
         steps = jax.tree.map(join, past, future)
         mixed = join(seeds(past_key), seeds(key))

@@ -320,8 +320,11 @@ def test_vmapped_is_single(kind):
 
 
 def test_parameters_are_real_and_start_where_hippo_puts_them(wide):
-    leaves = jax.tree.leaves(S5Stack(H, N, P, BLOCKS, key=jax.random.key(0)))
-    assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+    stack = S5Stack(H, N, P, BLOCKS, key=jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stack))
+    for drawn in (lambda s: s.B_re, lambda s: s.C_im, lambda s: s.D):
+        one, two = (drawn(block.ssm) for block in stack.blocks)
+        assert np.any(one != two)
     Lambda, _ = hippo_normal(32)
     close(-jnp.exp(wide.log_neg_Lambda_re), -0.5 * np.ones(64))
     close(wide.Lambda_im, np.tile(Lambda.imag, 4))

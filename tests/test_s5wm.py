@@ -452,7 +452,10 @@ def test_losses_by_hand():
     zero = lambda m: (m.prior.last, m.posterior.last)
     zeros = jax.tree.map(jnp.zeros_like, zero(model))
     model = eqx.tree_at(lambda m: (m.heads, *zero(m)), model, (heads, *zeros))
-    loss, _, _, metrics = losses(model, batch, carry, 0)
+    loss, latent, _, metrics = losses(model, batch, carry, 0)
+    # All classes are as likely: windows, times, categoricals draw each for itself.
+    z = np.asarray(latent.z).argmax(-1)
+    assert all((z != z.take([0], axis)).any() for axis in range(3))
     close(metrics["loss_observation"], 12288 * 0.25)
     close(metrics["loss_reward"], np.log(255))
     softplus = lambda x: np.log1p(np.exp(x))

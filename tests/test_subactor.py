@@ -1,10 +1,10 @@
-"""Tests of subgoal.py and subactor.py: codes, rewards, imagination, actor-critic.
+"""Tests of subgoal.py, subactor.py and learner.py: codes, rewards, actor-critic.
 
 `learner` is the middle one of three levels: goals from above, codes as actions, all
 three rewards. Naive forms are in numpy, loops and float64.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 
 import equinox as eqx
@@ -20,6 +20,7 @@ from jaxtyping import TypeCheckError
 import agent
 import nets
 from config import TINY
+from learner import REWARDS, Trainer
 from s5wm import Carry, Latent, Transition
 from subactor import Rollout, Subactor, imagine, lambda_return
 from subgoal import Autoencoder, Standardiser, autoencoder_loss, subgoal_reward
@@ -186,6 +187,8 @@ def test_standardiser_switched_off_is_symlog():
     close(S_off, nets.symlog(h))
     close(plain, nets.symlog(h))
     same(off.inverse(h), h)
+    unchanged = replace(TRAINER, standardise=False)
+    assert not unchanged.init(learner().subactor, H).standardiser.enabled
 
 
 @cache
@@ -581,6 +584,108 @@ def blank(*batch):
     )
 
 
+# subactor.py: one update
+
+
+def test_update_imagines_from_the_replayed_and_learns_from_the_imagined():
+    """What the parts of an update hand on, by parts that do not learn."""
+    seen, latent = {}, random_latent(0, 2, 3)
+    rng = np.random.default_rng(0)
+    batch = eqx.tree_at(
+        lambda s: (s.reward, s.is_terminal, s.goal),
+        blank(2, 3),
+        (
+            jnp.asarray(normal(0, 2, 3)),
+            jnp.arange(6).reshape(2, 3) % 3 == 1,
+            jnp.asarray(rng.integers(KG, size=(2, 3, SG)), jnp.uint8),
+        ),
+    )
+
+    class Looking(Trainer):
+        def _learn_world_model(self, learner, batch, carry, *, key):
+            return learner, latent, {}
+
+        def _learn_behaviour(self, learner, rollout, goal, alive):
+            seen.update(rollout=rollout, goal=goal, alive=alive)
+            return learner, {}
+
+        def _learn_code(self, learner, h, *, key):
+            seen.update(h=h)
+            return learner, {}
+
+    trainer, before = Looking(**asdict(CONFIG.trainer)), trained_before(0)
+
+    start = jax.tree.map(lambda x: x[:, 0], latent.carry)
+
+    @jit
+    def update(learner, batch, carry):
+        return *trainer.update(learner, batch, carry, key=jax.random.key(0)), seen
+
+    after, carries, metrics, given = update(before, batch, start)
+    h, goal = latent.h.reshape(M, H), np.eye(KG)[np.asarray(batch.goal)]
+    rollout = given["rollout"]
+    assert rollout.h.shape == (HORIZON, M, H)
+    same(rollout.h[0], h)
+    same(rollout.inputs[:, :, -SG * KG :], [goal.reshape(M, -1)] * HORIZON)
+    same(given["goal"], goal.reshape(M, SG, KG))
+    same(given["alive"], [1, 0, 1, 1, 0, 1])
+    same(given["h"], rollout.h)
+    jax.tree.map(same, carries, latent.carry)
+    states = rollout.h.reshape(-1, H)
+    spread = updated(before.standardiser, states, TRAINER.running_decay)[0]
+    jax.tree.map(close, after.standardiser, spread)
+    code, S = before.subactor.autoencoder, spread(h)
+    wanted = jax.vmap(code.decode)(given["goal"])
+    close(metrics["real_extrinsic"], batch.reward.mean())
+    close(metrics["real_subgoal"], jax.vmap(agreement)(wanted, S).mean())
+    close(metrics["real_novelty"], jax.vmap(code.novelty)(S).mean())
+    assert after.updates == before.updates + 1
+
+
+def test_world_model_warms_up_behind_its_clip(monkeypatch):
+    """Adam by hand, for a loss whose gradient is the same for every parameter."""
+
+    def loss(model, batch, carry, *, free_nats, key):
+        total = sum(x.sum() for x in jax.tree.leaves(model))
+        latent = random_latent(0, 1, 1)
+        return batch.reward.sum() * total, (latent, {"floor": jnp.array(free_nats)})
+
+    monkeypatch.setattr("learner.world_model_loss", loss)
+    settings = {"world_model_lr": 0.1, "world_model_warmup": 2}
+    settings |= {"world_model_clip": 5.0, "free_nats": 0.7}
+    trainer, key = replace(TRAINER, **settings), jax.random.key(0)
+    state = trainer.init(learner().subactor, H)
+    number = lambda x: x.subactor.world_model.W_h.bias[0]
+    size = sum(x.size for x in jax.tree.leaves(state.subactor.world_model))
+    carry = random_latent(0, 1).carry
+    learn = jit(lambda x, b: trainer._learn_world_model(x, b, carry, key=key))
+    m = v = 0.0
+    for n, gradient in enumerate([1e-3, 1e6, -1e-3, 1e6], 1):
+        batch = eqx.tree_at(lambda b: b.reward, blank(1, 1), jnp.full((1, 1), gradient))
+        old, (state, _, metrics) = number(state), learn(state, batch)
+        clipped = gradient * min(1, 5 / (abs(gradient) * np.sqrt(size)))
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        rate = 0.1 * min(1, (n - 1) / 2)
+        step = rate * m / (1 - 0.9**n) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
+        close(number(state) - old, -step, rtol=1e-3, atol=1e-6)
+        close(metrics["floor"], 0.7)
+
+
+def test_code_learns_standardised_states_at_its_own_rate():
+    """Adam's first step is as long as its rate."""
+    before, h = trained_before(0), random_rollout(0)[0].h
+    learn = jit(lambda x, h: TRAINER._learn_code(x, h, key=jax.random.key(0)))
+    after, metrics = learn(before, h)
+    S = before.standardiser(h.reshape(-1, H))
+    loss, _ = loss_of(before.subactor.autoencoder, S, TRAINER.code_kl_scale)
+    close(metrics["loss_autoencoder"], loss)
+    changed = {name for name, equal in parts_equal(before, after).items() if not equal}
+    assert changed == {"autoencoder"}
+    moved = lambda x, y: float(jnp.abs(x - y).max())
+    codes = before.subactor.autoencoder, after.subactor.autoencoder
+    close(max(jax.tree.leaves(jax.tree.map(moved, *codes))), 1e-3, rtol=1e-2)
+
+
 # subactor.py: actor and critics
 
 
@@ -766,6 +871,17 @@ def test_behaviour_changes_actor_and_critics_and_nothing_else():
         lambda slow, fast: (1 - rate) * slow + rate * fast, before.slow_critics, fast
     )
     jax.tree.map(close, after.slow_critics, expected)
+
+
+def test_every_critic_learns_its_rewards():
+    """Nothing follows, so that returns are rewards."""
+    rollout, goal, alive = random_rollout(0)
+    rollout = eqx.tree_at(lambda r: r.cont, rollout, 0 * rollout.cont)
+    after, first = behave(TRAINER, learner(), rollout, goal, alive)
+    for _ in range(50):
+        after, last = behave(TRAINER, after, rollout, goal, alive)
+    for name in REWARDS:
+        assert last[f"loss_critic_{name}"] < first[f"loss_critic_{name}"] - 0.01
 
 
 def test_critics_do_not_feel_the_actors_objective():
