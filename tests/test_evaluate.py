@@ -198,6 +198,12 @@ def test_chance_is_uniform_play_in_the_environment_of_training():
     assert evaluate.chance("Breakout", 1, every_action=True)["actions"] == 18
 
 
+def test_episodes_of_chance_may_be_cut():
+    """No ball is lost in two steps."""
+    env = evaluate.make_minatar("minatar/breakout", seed=0, max_steps=2)
+    assert evaluate.play_uniformly(env, 3)["lengths"] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("game", ["Breakout", "Pong"])
 def test_committed_random_play_is_what_the_command_measures(game):
     raw = json.loads((RESULTS / "random_baseline.json").read_text())

@@ -1,14 +1,20 @@
 """Instruments on small cases worked by hand, and on a run that just began."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
 import instruments
 import train
+from config import TINY
 from game import read_lines
+from learner import Learner
+from play import LevelPlay
 
 
 def test_shape_hook_is_live():
@@ -86,6 +92,82 @@ def test_rows_of_episodes_are_counted_alike():
     parts = [{"a": np.zeros(3), "b": np.ones(1)}, {"a": np.ones(1)}]
     found = {k: x.tolist() for k, x in instruments.joined(parts).items()}
     assert found == {"a": [0, 0, 0, 1], "b": [1]}
+
+
+def blank_learner(**fields):
+    """A learner that has nothing else."""
+    learner = object.__new__(Learner)
+    for name, value in fields.items():
+        object.__setattr__(learner, name, value)
+    return learner
+
+
+def test_rows_of_an_episode_by_hand(monkeypatch):
+    """Seen is what z says, foreseen what the prior's mode does; ages begin at 0."""
+    z = jnp.eye(2)[:, None]
+    steps = SimpleNamespace(reward=jnp.array([0.0, 3.0]))
+    latent = SimpleNamespace(prior=5 * z[::-1], z=z, h=jnp.zeros((2, 1)), feat=None)
+    thoughts = SimpleNamespace(surprise=np.array([2.0, 1.0]))
+    level = LevelPlay(np.arange(2), steps, latent, thoughts)
+    says = lambda learner, z, h: z[:, 0, 1]
+    monkeypatch.setattr(instruments, "predicted_rewards", says)
+    three = tuple(np.full(2, x) for x in (4.0, 5.0, 6.0))
+    monkeypatch.setattr(instruments, "losses", lambda *_: three)
+    found = instruments.model_rows(blank_learner(), level)
+    assert {k: x.tolist() for k, x in found.items()} == {
+        "loss_observation": [4, 4],
+        "loss_reward": [5, 5],
+        "loss_cont": [6, 6],
+        "age": [0, 1],
+        "surprise": [2, 1],
+        "reward": [0, 3],
+        "seen": [0, 1],
+        "foreseen": [1, 0],
+    }
+
+
+def test_critics_of_an_episode_by_hand():
+    """Rewards of 1 at γ = ½, to the end of the game; goals of 2 steps at γ = ¼."""
+    both = lambda x: {name: np.full(5, x) for name in ("extrinsic", "subgoal")}
+    thoughts = SimpleNamespace(rewards=both(1.0), values=both(4.0))
+    steps = SimpleNamespace(is_terminal=np.arange(5) == 4)
+    level = LevelPlay(np.arange(5), steps, None, thoughts)
+    trainer = replace(TINY.trainer, discount=0.5, goal_discount=0.5)
+    config = replace(TINY, period=2, trainer=trainer)
+    found = instruments.critic_rows(config, level, "extrinsic")
+    assert found["came"].tolist() == [1.9375, 1.875, 1.75, 1.5]
+    found = instruments.critic_rows(config, level, "subgoal")
+    assert found["came"].tolist() == found["lambda"].tolist() == [2, 2]
+
+
+def test_a_level_is_examined_by_hand(monkeypatch):
+    """Advantages of ±8 and ±2, over scales of 4 and 1 at least, weigh 1 and 0.3."""
+    columns = dict.fromkeys(instruments.LOSSES, np.full(3, 2.0)) | {
+        "age": np.arange(3.0),
+        "surprise": np.array([1.0, 2.0, 6.0]),
+        "reward": np.array([0.0, 1.0, 0.0]),
+        "seen": np.array([0.0, 1.0, 0.0]),
+        "foreseen": np.array([1.0, 0.0, 0.0]),
+    }
+    monkeypatch.setattr(instruments, "model_rows", lambda *_: columns)
+    sizes, sign = {"extrinsic": 8, "subgoal": 2}, np.array([1.0, -1.0])
+
+    def critic_rows(config, level, name):
+        value, came = np.array([5.0, 7.0]), np.array([1.0, 4.0])
+        return {"value": value, "came": came, "lambda": value + sizes[name] * sign}
+
+    monkeypatch.setattr(instruments, "critic_rows", critic_rows)
+    subactor = SimpleNamespace(rewards=tuple(sizes), autoencoder=None)
+    learner = blank_learner(subactor=subactor, return_scale=np.array([4.0, 0.5]))
+    level = LevelPlay(None, None, None, SimpleNamespace(goal=None))
+    found = instruments.examine(replace(TINY, length=4), learner, [level])
+    assert found["losses in play"] == dict.fromkeys(instruments.LOSSES, 2) | {"kl": 3}
+    assert found["surprise"]["to T/2"] == 1.5 and found["surprise"]["to T"] == 6
+    assert found["reward, frame seen"]["recall"] == 1
+    assert found["reward, frame foreseen"]["recall"] == 0
+    assert found["critic subgoal"]["return_mean"] == 2.5
+    share = found["share of the advantage"]
+    assert share == pytest.approx({"extrinsic": 2 / 2.6, "subgoal": 0.6 / 2.6})
 
 
 def test_losses_in_training_are_the_newest(tmp_path):

@@ -3,6 +3,7 @@
 Untrained levels would be too alike: parameters are drawn at random instead.
 """
 
+from collections import namedtuple
 from dataclasses import replace
 from functools import cache
 
@@ -18,6 +19,7 @@ from agent import act_only, init_learners
 from config import TINY
 from game import env_step, make_env
 from hieros import init_state
+from learner import Learner
 from nets import entropy, symlog, twohot_mean, unimix_probs
 from subgoal import subgoal_reward
 
@@ -86,6 +88,23 @@ def test_it_stops_where_told():
     short = play.episode(config, learners, 5, seed=SEED)
     same(short.action, episode.action[:5])
     assert not short.is_last.any()
+
+
+@pytest.mark.parametrize(
+    ("game", "steps", "terminal"), [("catch", 9, True), ("echo", 20, False)]
+)
+def test_a_time_out_is_no_terminal(game, steps, terminal, monkeypatch):
+    """Δ3, with a level that only passes on what it is shown."""
+    Acted = namedtuple("Acted", "acts step latent")
+    answer = lambda _, tower, seen, **options: (tower, 0, (Acted(True, seen, ()),))
+    monkeypatch.setattr(play, "act", answer)
+    monkeypatch.setattr(play, "think", lambda *_: None)
+    monkeypatch.setattr("hieros.init_state", lambda *_: None)
+    learner = object.__new__(Learner)
+    object.__setattr__(learner, "subactor", None)
+    episode = play.episode(replace(CONFIG, game=game), (learner,), 99)
+    same(episode.is_last, [*[False] * steps, True])
+    same(episode.levels[0].steps.is_terminal, [*[False] * steps, terminal])
 
 
 def test_a_level_has_a_row_per_step_of_its_own():

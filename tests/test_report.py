@@ -357,6 +357,17 @@ def test_open_loop_errors_of_a_wrong_model():
     np.testing.assert_allclose(errors[:, 8:], [[1, 0] * 12] * 2, atol=1e-10)
 
 
+def test_the_best_predicted_window_comes_first():
+    """An action that only the newest window has is remembered wrongly."""
+    run = toggle_run(wrong=False)
+    action = lambda replay: replay.steps.action
+    (replay,) = run.agent.replays
+    wrong = action(replay).at[36].set(1 - action(replay)[36])
+    run.agent.replays = [eqx.tree_at(action, replay, wrong)]
+    best, worst = diagnose.open_loop(run).errors()["imagined"].sum(1)
+    assert best == pytest.approx(0) and worst > 1
+
+
 def test_mean_of_all_frames_by_hand():
     truth = np.array([0.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1, 1, 1)
     play = diagnose.OpenLoop(truth, truth, truth, 1)

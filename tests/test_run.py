@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -16,7 +17,8 @@ import pytest
 
 import train
 from checkpoint import CheckpointError, write
-from game import UsageError
+from config import TINY as SMALL
+from game import COUNTS, UsageError, make_env
 from run import Run, evaluation, load_weights, save_weights, updates_by
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,41 @@ def test_evaluation_leaves_the_run_alone(run):
     assert all(jax.tree.leaves(same))
     after = run.game.env.get_state()
     assert all(np.array_equal(state[name], after[name]) for name in state)
+
+
+def test_evaluation_counts_every_reward_of_episodes_of_its_own(monkeypatch):
+    """Echo pays 1 for action 3 and is truncated after 20 steps."""
+    seeds = []
+
+    def make(config, seed):
+        seeds.append(seed)
+        return make_env(config, seed)
+
+    monkeypatch.setattr("run.make_env", make)
+    monkeypatch.setattr("run.init_state", lambda *_: None)
+    monkeypatch.setattr("run.act_only", lambda *_, **options: (3, None))
+    model = replace(SMALL.model, channels=(), strides=())
+    config = replace(SMALL, game="echo", seed=7, model=model)
+    episodes = list(islice(evaluation(config, ()), 2))
+    assert [x.score for x in episodes] == [20, 20]
+    assert [x.actions for x in episodes] == [[3] * 20] * 2
+    assert seeds == [1_000_007]  # not what it was trained on
+
+
+def test_a_resumed_run_counts_on_from_its_checkpoint(monkeypatch, tmp_path):
+    counts = {"updates": [5, 1], "seconds": 70.0, "pending": [2, 0]}
+    arrays = {"pending/0/kl": np.array(3.0)}
+    state = dict.fromkeys(("learners", "replays", "tower", "calls"))
+    resumed = object.__new__(Run)
+    resumed.config, resumed.agent = SMALL, SimpleNamespace(key=None)
+    game = {"config": SMALL, "folder": tmp_path, "restore": lambda *_: None}
+    game |= dict.fromkeys(COUNTS, 0) | {"rings": SimpleNamespace(segments=[])}
+    resumed.games = [SimpleNamespace(**game)]
+    monkeypatch.setattr(Run, "_read", lambda *_: (state, arrays, {"counts": counts}))
+    resumed.restore(40)
+    assert (resumed.step, resumed.updates, resumed.seconds) == (40, [5, 1], 70.0)
+    assert resumed.pending == [(2, {"kl": 3.0}), (0, {})]
+    assert counts.items() <= resumed.meta(0)["counts"].items()
 
 
 def test_metrics_are_means_over_the_interval(run):

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import checkpoint
 import game
 import train
 from config import PRESETS, Config
-from run import Diverged, Run, load_config
+from run import Diverged, Episode, Run, load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
@@ -131,6 +132,26 @@ def test_a_run_leaves_what_it_promises(whole):
     assert len(result["parameters"]) == 3
     assert list((whole / "tensorboard").glob("events*"))
     assert list((whole / "pictures").glob("*.png"))
+
+
+def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch):
+    """The train score is that of episodes that ended in the last tenth of 100 steps."""
+    run, stop = object.__new__(Run), object.__new__(train.Stop)
+    stop.asked = False
+    run.config = replace(PRESETS["tiny"], game="Pong", steps=100, eval_episodes=2)
+    run.folder, run.step, run.seconds, run.updates = tmp_path, 100, 61.04, [9]
+    returns = [(40, -20.0), (90, 9.0), (91, -3.0), (100, -5.0)]
+    run.games = [object.__new__(game.Game)]
+    run.game.returns = returns
+    run.agent = SimpleNamespace(subactors=())
+    played = iter([Episode(x, {}, []) for x in (-20.7, 14.6, 99.0)])
+    monkeypatch.setattr(train, "evaluation", lambda *_: played)
+    monkeypatch.setattr(train.report, "draw", lambda run: [])
+    result = train.finish(run, stop)
+    assert result["eval_returns"] == [-20.7, 14.6]
+    assert (result["train_score"], result["wall_seconds"]) == (-4, 61)
+    assert result["hns"] == pytest.approx(0.5)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
 def test_an_existing_folder_is_left_alone(whole, capsys):
