@@ -289,6 +289,11 @@ def cells(found: dict) -> Iterator[tuple[str, str, list[dict]]]:
             yield task, arm, content["runs"]
 
 
+def mean_return(run: dict) -> float:
+    """In training, from first to last step: tells who learned sooner."""
+    return float(np.mean([x for x in run["curve"] if x is not None]))
+
+
 def draw_curves(axes: Axes, curves: dict[str, list], steps: int, ylabel: str) -> None:
     """Means over seeds per arm, their 95 % intervals shaded."""
     for (arm, values), colour in zip(curves.items(), COLOURS, strict=False):
@@ -328,8 +333,9 @@ def draw(found: dict, path: Path) -> None:
     begun = {x: y for x, y in all_tasks.items() if any(a["runs"] for a in y.values())}
     tasks = begun or all_tasks
     measure = found["measure"]
-    many = measure != "eval score" or max(map(len, tasks.values())) > len(COLOURS)
-    rows, n = max(1, len(losses)), len(tasks)
+    scored = measure == "eval score"
+    many = not scored or max(map(len, tasks.values())) > len(COLOURS)
+    rows, n = 2 if many and scored else max(1, len(losses)), len(tasks)
     width, height = (3.2, 3.0) if n > 1 else (6.4, 3.9)
     if many:
         height = 1.1 + 0.24 * max(map(len, tasks.values()))
@@ -347,6 +353,9 @@ def draw(found: dict, path: Path) -> None:
         if many:
             scores = {arm: [x["measured"] for x in xs] for arm, xs in runs.items()}
             draw_intervals(column[0], scores, measure)
+            if scored:
+                returns = {arm: list(map(mean_return, xs)) for arm, xs in runs.items()}
+                draw_intervals(column[1], returns, "mean return in training")
         elif not losses:
             curves = {arm: [x["curve"] for x in xs] for arm, xs in runs.items()}
             draw_curves(column[0], curves, steps, "return in training")
@@ -367,10 +376,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def table(found: dict) -> str:
-    """Evaluation scores as Markdown, every seed shown, missing seeds too.
-
-    The mean return in training, from first to last step, tells who learned sooner.
-    """
+    """Evaluation scores as Markdown, every seed shown, missing seeds too."""
     measure = f"{found['measure']}, mean [95 %]"
     head = ("task", "arm", measure, "each seed", "mean return in training", "minutes")
     rows = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
@@ -381,8 +387,7 @@ def table(found: dict) -> str:
         score, whole, minutes = "", "", ""
         if runs:
             score = shown([run["measured"] for run in runs])
-            curves = [[x for x in run["curve"] if x is not None] for run in runs]
-            whole = shown([float(np.mean(curve)) for curve in curves])
+            whole = shown(list(map(mean_return, runs)))
             minutes = f"{np.median([run['wall_seconds'] for run in runs]) / 60:.1f}"
         rows.append(f"| {task} | {arm} | {score} | {each} | {whole} | {minutes} |")
     return "\n".join(rows) + "\n"
