@@ -109,10 +109,9 @@ def make_world_model(
 ) -> S5WM | RSSM:
     """Dynamics with coders and heads, from five keys."""
     model = config.model
-    encoder_key, decoder_key, reward_key, cont_key, dynamics_key = keys
+    *coder_keys, reward_key, cont_key, dynamics_key = keys
     z_shape = (model.z_categoricals, model.z_classes)
     feat = z_shape[0] * z_shape[1] + model.features
-    coder_keys = encoder_key, decoder_key
     encoder, embed, decoder = make_coders(
         model, level, config.period, obs_shape, coder_keys
     )

@@ -264,7 +264,7 @@ class Trainer:
             metrics[f"return_{name}"] = returns[r].mean()
             metrics[f"return_scale_{name}"] = scale[r]
             metrics[f"advantage_{name}"] = jnp.abs(advantage[r]).mean()
-        for name, x in rewards.items():
+        for name, x in rewards.items():  # weighted like the losses
             total = (weight * x[:-1]).sum()
             metrics[f"imagined_{name}"] = total / jnp.maximum(weight.sum(), 1e-8)
         learner = replace(learner, slow_critics=slow, return_scale=scale)
