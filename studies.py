@@ -82,6 +82,7 @@ STUDIES = {
     "carry": Study(
         {"T = 8, D = 16": CUE.format(18000) + "--levels 1 --length 8 --env.delay 16"},
         {"stored": "--carry stored", "zero": "--carry zero"},
+        ("loss_reward",),
         measure="rewards foreseen",
     ),
     "memory": Study(
@@ -329,12 +330,13 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]], xlabel: str) -> N
 
 def draw(found: dict, path: Path) -> None:
     """A column per task: losses, learning curves, or intervals of many arms."""
-    all_tasks, losses = found["tasks"], found["losses"]
+    all_tasks = found["tasks"]
     begun = {x: y for x, y in all_tasks.items() if any(a["runs"] for a in y.values())}
     tasks = begun or all_tasks
     measure = found["measure"]
     scored = measure == "eval score"
     many = not scored or max(map(len, tasks.values())) > len(COLOURS)
+    losses = [] if many else found["losses"]
     rows, n = 2 if many and scored else max(1, len(losses)), len(tasks)
     width, height = (3.2, 3.0) if n > 1 else (6.4, 3.9)
     if many:
