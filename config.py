@@ -268,7 +268,6 @@ MINATAR = replace(
     trainer=replace(
         CPU.trainer,
         discount=0.99,
-        entropy_scale=3e-3,
         free_nats=0.3,
         actor_critic_lr=1e-3,
     ),
@@ -291,6 +290,7 @@ PROBE = replace(
     trainer=replace(
         MINATAR.trainer,
         horizon=10,
+        entropy_scale=3e-3,
         free_nats=0.1,
         actor_critic_lr=3e-4,
     ),

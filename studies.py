@@ -76,6 +76,7 @@ RECALL = {
 }
 CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
+MINATAR = {game: f"--game minatar/{game}" for game in GAMES}
 STUDIES = {
     "catch": Study({"catch": SMALL["catch"]}, LEVELS),
     "recall": Study(RECALL, MODELS),
@@ -101,7 +102,14 @@ STUDIES = {
             "plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
         },
     ),
-    "minatar": Study({game: f"--game minatar/{game}" for game in GAMES}, LEVELS),
+    "minatar": Study(MINATAR, LEVELS),
+    "entropy": Study(
+        MINATAR,
+        {
+            "η = 0.001": "--levels 1",
+            "η = 0.003": "--levels 1 --trainer.entropy-scale 3e-3",
+        },
+    ),
     "atari": Study(
         {game: f"--game {game} --steps 50000" for game in ("Pong", "Krull")},
         {"3 levels": "--preset cpu --levels 3 --eval-episodes 20"},
