@@ -134,13 +134,20 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list((whole / "pictures").glob("*.png"))
 
 
-def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("returns", "train_score"),
+    [
+        ([(40, -20.0), (90, 9.0), (91, -3.0), (100, -5.0)], -4),
+        ([(40, -20.0), (90, 9.0)], 9),  # none ended in the last tenth: the newest
+        ([], None),
+    ],
+)
+def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch, returns, train_score):
     """The train score is that of episodes that ended in the last tenth of 100 steps."""
     run, stop = object.__new__(Run), object.__new__(train.Stop)
     stop.asked = False
     run.config = replace(PRESETS["tiny"], game="Pong", steps=100, eval_episodes=2)
     run.folder, run.step, run.seconds, run.updates = tmp_path, 100, 61.04, [9]
-    returns = [(40, -20.0), (90, 9.0), (91, -3.0), (100, -5.0)]
     run.games = [object.__new__(game.Game)]
     run.game.returns = returns
     run.agent = SimpleNamespace(subactors=())
@@ -149,7 +156,7 @@ def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(train.report, "draw", lambda run: [])
     result = train.finish(run, stop)
     assert result["eval_returns"] == [-20.7, 14.6]
-    assert (result["train_score"], result["wall_seconds"]) == (-4, 61)
+    assert (result["train_score"], result["wall_seconds"]) == (train_score, 61)
     assert result["hns"] == pytest.approx(0.5)
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
