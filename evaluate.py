@@ -307,6 +307,7 @@ def minatar(*, episodes: int = 1000, study: Path = RESULTS / "minatar.json") -> 
     seconds = round(time.monotonic() - began, 1)
     here = f"{platform.processor() or platform.machine()}, one core"
     command = f"python evaluate.py minatar --episodes {episodes}"
+    command += f" --study {os.path.relpath(study)}"
     means = [f"{game}: {shown(x['returns'])}" for game, x in played.items()]
     raw = header(command, [0], seconds, here) | {"cores": 1, "played": played}
     raw["summary"] = "random play, mean [95 %] over episodes: " + "; ".join(means)

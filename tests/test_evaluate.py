@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from itertools import islice, pairwise
+from os.path import relpath
 from pathlib import Path
 
 import jax
@@ -278,6 +279,7 @@ def test_minatar_beside_others(tmp_path, capsys, monkeypatch):
     committed = json.loads((RESULTS / "minatar_scores.json").read_text())
     returns = committed["played"]["breakout"]["returns"]
     assert raw["played"]["breakout"]["returns"] == returns[:20]
+    assert raw["command"].endswith(f"minatar --episodes 20 --study {relpath(study)}")
     last = (tmp_path / "minatar_scores.md").read_text().splitlines()[-1]
     assert last.startswith("| breakout | 0.")
     assert last.endswith("| 2.00 [1.00, 3.00] (n = 2) | not run | 28 |")
