@@ -279,7 +279,7 @@ def returns_so_far(run: Run) -> str:
 def warn_of_dead_codes(run: Run, values: dict[str, float], bar: tqdm) -> None:
     """Once per level and tenth of the run, from the second on."""
     tenth = max(1, run.config.steps // 10)
-    if run.step < tenth or run.step % tenth >= run.config.log_every:
+    if run.step % tenth >= run.config.log_every:
         return
     for name, value in values.items():
         if name.endswith("code_kl_per_row") and value < DEAD_CODE_NATS:

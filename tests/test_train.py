@@ -13,6 +13,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import checkpoint
 import game
@@ -101,10 +102,48 @@ def test_help_explains_every_field(capsys):
     assert "official: discount_lambda" in text
 
 
-def test_default_preset_follows_game_and_accelerator():
+def test_default_preset_follows_game_and_accelerator(monkeypatch):
     assert train.parse(["--game", "catch"]).preset == "probe"
     assert train.parse(["--game", "minatar/freeway"]).preset == "minatar"
     assert train.parse(["--game", "pong"]).game == "Pong"
+    monkeypatch.setattr(train.jax, "default_backend", lambda: "cpu")
+    assert train.parse([]).preset == "cpu"
+    monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
+    assert train.parse([]).preset == "atari100k"
+    assert train.parse(["--game=catch"]).preset == "probe"
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ("--game Pong --seed 3", "runs/Pong-cpu-3"),
+        ("--game minatar/freeway", "runs/minatar-freeway-minatar-0"),
+        ("--game catch --seed 2 --seeds 3", "runs/catch-probe-2-to-4"),
+    ],
+)
+def test_default_folder(flags, folder):
+    assert train.default_folder(train.parse(flags.split())) == folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], True),
+        (["--game", "Pong", "--preset", "atari100k"], False),
+        (["--preset=atari100k"], False),
+        (["--game", "catch"], False),
+        (["--game=minatar/freeway"], False),
+        (["--resume", "nowhere"], False),
+    ],
+)
+def test_only_small_runs_of_atari_keep_the_heap(flags, wanted):
+    assert train.wants_one_heap(flags) == wanted
+
+
+def test_a_resumed_run_keeps_the_heap_as_it_did_before(tmp_path):
+    for preset, name in (("tiny", "Pong"), ("probe", "catch"), ("atari100k", "Pong")):
+        train.write_config(tmp_path, replace(PRESETS[preset], game=name))
+        assert train.wants_one_heap(["--resume", str(tmp_path)]) == (preset == "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +173,13 @@ def test_a_run_leaves_what_it_promises(whole):
     assert list((whole / "pictures").glob("*.png"))
 
 
+def bare(kind, **values):
+    """An object that has these fields and nothing else."""
+    made = object.__new__(kind)
+    made.__dict__ |= values
+    return made
+
+
 @pytest.mark.parametrize(
     ("returns", "train_score"),
     [
@@ -144,13 +190,11 @@ def test_a_run_leaves_what_it_promises(whole):
 )
 def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch, returns, train_score):
     """The train score is that of episodes that ended in the last tenth of 100 steps."""
-    run, stop = object.__new__(Run), object.__new__(train.Stop)
-    stop.asked = False
-    run.config = replace(PRESETS["tiny"], game="Pong", steps=100, eval_episodes=2)
-    run.folder, run.step, run.seconds, run.updates = tmp_path, 100, 61.04, [9]
-    run.games = [object.__new__(game.Game)]
-    run.game.returns = returns
-    run.agent = SimpleNamespace(subactors=())
+    config = replace(PRESETS["tiny"], game="Pong", steps=100, eval_episodes=2)
+    agent, games = SimpleNamespace(subactors=()), [bare(game.Game, returns=returns)]
+    run = bare(Run, config=config, agent=agent, games=games, folder=tmp_path, step=100)
+    run.seconds, run.updates = 61.04, [9]
+    stop = bare(train.Stop, asked=False)
     played = iter([Episode(x, {}, []) for x in (-20.7, 14.6, 99.0)])
     monkeypatch.setattr(train, "evaluation", lambda *_: played)
     monkeypatch.setattr(train.report, "draw", lambda run: [])
@@ -257,6 +301,97 @@ def test_interrupt_saves_and_names_the_way_on(tmp_path, capsys):
     assert checkpoint.checkpoints(tmp_path / "run")
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_DFL)
+
+
+def test_asked_twice_it_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(train.os, "_exit", left.append)
+    stop = train.Stop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        assert signal.getsignal(name) == stop._ask
+        signal.signal(name, signal.SIG_DFL)
+    stop._ask(signal.SIGTERM, None)
+    assert stop.asked and not left
+    stop._ask(signal.SIGINT, None)
+    assert left == [130]
+
+
+def test_an_interrupted_evaluation_leaves_no_result(tmp_path, monkeypatch):
+    config = replace(PRESETS["tiny"], eval_episodes=2)
+    agent, games = SimpleNamespace(subactors=()), [bare(game.Game, returns=[])]
+    run = bare(Run, config=config, folder=tmp_path, agent=agent, games=games)
+    stop = bare(train.Stop, asked=True)
+    played = [Episode(1.0, {}, [])] * 2
+    monkeypatch.setattr(train, "evaluation", lambda *_: iter(played))
+    with pytest.raises(train.Interrupted):
+        train.finish(run, stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_a_checkpoint_does_not_end_the_run(tmp_path, capsys):
+    def full():
+        raise OSError("No space left on device")
+
+    train.save(bare(Run, save=full, step=24), bare(tqdm, write=print, disable=True))
+    says = "WARNING: no checkpoint at step 24: No space left on device; training goes"
+    assert says in capsys.readouterr().out
+
+
+def test_a_game_that_fails_ends_in_a_line(tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise game.GameError("the emulator is gone")
+
+    monkeypatch.setattr(train, "train", fails)
+    assert train.main([*TINY, "--run-dir", str(tmp_path / "run")]) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    end = "the emulator is gone; last good checkpoint: none"
+    assert error == f"train.py: {end}"
+
+
+def test_dead_codes_are_named_once_per_tenth(capsys):
+    """Steps of 1,000, a line of metrics every 25: from step 100 on, on the tenth."""
+    config = replace(PRESETS["tiny"], steps=1000, log_every=25)
+    bar = bare(tqdm, write=print, disable=True)
+    values = {"level0/code_kl_per_row": 0.01, "level1/code_kl_per_row": 0.06}
+    warned = []
+    for step in range(25, 301, 25):
+        train.warn_of_dead_codes(bare(Run, step=step, config=config), values, bar)
+        if text := capsys.readouterr().out:
+            warned.append(step)
+            assert text.startswith("WARNING: level0/code_kl_per_row 0.01: this goal")
+    assert warned == [100, 200, 300]
+
+
+def test_returns_so_far_are_means_over_seeds():
+    seeds = [[(5, 1.0), (9, 3.0)], [(7, 8.0), (8, 0.0)], []]
+    run = bare(Run, games=[bare(game.Game, returns=x) for x in seeds])
+    assert train.returns_so_far(run) == "return last 1.5 best 5.5"
+    run.games = run.games[2:]
+    assert train.returns_so_far(run) == "return last nan best nan"
+
+
+def test_how_long_the_published_size_would_take(capsys):
+    """A tenth of a published step's FLOPs a second: 10⁶ seconds for 100,000 steps."""
+    run = bare(Run, measure_update=lambda: (0.5, 0.05 * train.FULL_FLOPS))
+    train.describe(PRESETS["cpu"], run)
+    text = capsys.readouterr().out
+    assert text.startswith("preset cpu on ")
+    assert "level 0 takes 500 ms" in text and "would take about 11.6 days here" in text
+    train.describe(PRESETS["probe"], run)
+    assert "days" not in capsys.readouterr().out
+
+
+def test_the_table_of_scores_has_a_row_per_seed(capsys):
+    known = {"game": "Pong", "train_score": -20.5, "random": -20.7, "human": 14.6}
+    rows = [known | {"seed": 0, "eval_score": -3.05, "hns": 0.5}]
+    rows.append(known | {"seed": 1, "eval_score": None, "hns": None})
+    train.show(rows)
+    lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "game seed train_score eval_score random human hns",
+        "Pong 0 -20.5 -3.05 -20.7 14.6 0.5",
+        "Pong 1 -20.5 - -20.7 14.6 -",
+    ]
 
 
 def test_same_seed_same_run_other_seed_other_run(whole, tmp_path):

@@ -157,14 +157,23 @@ def test_a_trainer_dies_with_its_worker_and_only_then_is_its_folder_free(
     assert time.monotonic() - began < 20
 
 
-def test_a_fraction_of_a_gpu_takes_that_fraction_of_its_memory(tmp_path, source):
-    echo = "import os, sys; print(os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'])"
+@pytest.mark.parametrize(
+    ("gpus", "says"), [(0.0, ",unset"), (0.25, "3,0.225"), (1.0, "3,unset")]
+)
+def test_a_run_sees_the_gpus_that_it_was_given(
+    tmp_path, source, monkeypatch, gpus, says
+):
+    """None, or those that Ray named; of a fraction that fraction of its memory."""
+    names = ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv(names[0], "3")
+    monkeypatch.delenv(names[1], raising=False)
+    echo = f"import os; print(*(os.getenv(x, 'unset') for x in {names}), sep=',')"
     (source / "train.py").write_text(echo)
     folder = tmp_path / "run"
     with worker.lock(folder) as held:
-        trainer = worker.start(Job("run", (), 1), folder, 0.25, held, str(source))
+        trainer = worker.start(Job("run", (), 1), folder, gpus, held, str(source))
         assert trainer.wait() == 0
-    assert (tmp_path / "run.log").read_text().splitlines()[-1] == "0.225"
+    assert (tmp_path / "run.log").read_text().splitlines()[-1] == says
 
 
 def test_progress_of_a_torn_file(tmp_path):
