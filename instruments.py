@@ -2,13 +2,16 @@
 
     G_t = Σ_{t ≤ s < e} γ^{s-t} r_s + γ^{e-t} V_e                    (INS 1)
     A_t = (R_t - V_t) / scale · weight,  share = mean |A_r| / Σ_r' mean |A_r'|  (INS 2)
+    heeded = mean ½ Σ_a |π(a | feat, goal) - π(a | feat, another goal)|  (INS 3)
+    reach = Σ_H Var[S_k over actions] / Σ_H Var[S over rows]         (INS 4)
 
 `python instruments.py RUN_DIR` prints them and writes RUN_DIR/instruments.json. They
 answer: does the model know more than its replay? Does surprise grow beyond the windows
 it was trained on? Are rewards foreseen? Which reward moves the actor? Are goals
-reached, more than goals of other times? Does the code say anything? Do critics predict
-what comes? e is the last row of the episode, for the subgoal reward of the goal; a
-terminal is worth its reward instead of V_e.
+reached, more than goals of other times? Does the actor heed them, and how much of the
+state can actions decide while one is held? Does the code say anything? Do critics
+predict what comes? e is the last row of the episode, for the subgoal reward of the
+goal; a terminal is worth its reward instead of V_e.
 
 Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 """
@@ -16,6 +19,7 @@ Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +32,12 @@ from jaxtyping import Float
 
 from checkpoint import CheckpointError
 from config import Config
+from diagnose import imagine
 from game import UsageError, read_lines
 from learner import REWARDS, Learner
 from machine import keep_compiled
 from nets import mode_onehot, twohot_mean, unimix_probs
-from play import Episode, LevelPlay, episode
+from play import Episode, LevelPlay, episode, think
 from run import load_weights, place_of
 from s5wm import Transition, prediction_losses
 from subactor import lambda_return
@@ -41,6 +46,7 @@ from subgoal import autoencoder_loss, subgoal_reward
 Rows = Float[np.ndarray, " n"]
 Columns = dict[str, np.ndarray]  # rows of different stretches, by name
 Numbers = dict[str, float | int | None]
+SEQUENCES = 32  # of actions, drawn uniformly, that are imagined from where goals begin
 LOSSES = ("loss_observation", "loss_reward", "loss_cont")  # as metrics.jsonl calls them
 
 
@@ -91,11 +97,16 @@ def calibration(value: Rows, returns: Rows) -> Numbers:
     }
 
 
+def goal_starts(n: int, length: int) -> np.ndarray:
+    """Rows of an episode where goals begin that are held to their end."""
+    return np.arange(0, n - length, length)
+
+
 def goal_reached(
     goal: Float[np.ndarray, "n H"], state: Float[np.ndarray, "n H"], length: int
 ) -> Columns:
     """r_g where each goal begins, after its last action, and there for other goals."""
-    starts = np.arange(0, len(goal) - length, length)
+    starts = goal_starts(len(goal), length)
     ends = starts + length
     other = np.roll(starts, len(starts) // 2)
     pairs = {"begin": (starts, starts), "end": (starts, ends)}
@@ -104,6 +115,35 @@ def goal_reached(
     return {
         k: np.asarray(reward_of_goals(goal[g], state[s])) for k, (g, s) in pairs.items()
     }
+
+
+def heeded(learner: Learner, level: LevelPlay) -> Rows:
+    """Probability moved by the goal of another time, mean over groups. (INS 3)"""
+    other = jnp.roll(level.steps.goal, len(level.at) // 2, 0)
+    others = think(learner, replace(level.steps, goal=other), level.latent)
+    moved = np.abs(level.thoughts.policy - np.asarray(others.policy))
+    return 0.5 * moved.sum(-1).mean(-1)  # (INS 3)
+
+
+def in_reach(learner: Learner, level: LevelPlay, length: int) -> Columns:
+    """What random actions make of S by each goal's end: r_g and spread. (INS 4)
+
+    Imagined, z drawn alike for all sequences, so that only the actions differ.
+    """
+    subactor, goal = learner.subactor, level.thoughts.goal
+    G, A = subactor.action_shape
+    starts = goal_starts(len(goal), length)
+    carries = jax.tree.map(lambda x: x[starts], level.latent.carry)
+    drawn = jax.random.randint(jax.random.key(2), (SEQUENCES, length, G), 0, A)
+
+    def end(sequence):
+        actions = jnp.broadcast_to(sequence, (len(starts), *sequence.shape))
+        latent = imagine(subactor.world_model, carries, actions)
+        return np.asarray(learner.standardiser(latent.h[:, -1]))
+
+    S = np.stack([end(sequence) for sequence in jax.nn.one_hot(drawn, A)])
+    r_g = np.stack([np.asarray(reward_of_goals(goal[starts], s)) for s in S])
+    return {"mean": r_g.mean(0), "best": r_g.max(0), "spread": S.var(0).sum(-1)}
 
 
 def stretches(n: int, length: int) -> list[slice]:
@@ -189,6 +229,11 @@ def joined(parts: list[Columns]) -> Columns:
     return {k: np.concatenate([x[k] for x in parts if k in x]) for k in names}
 
 
+def means(columns: Columns) -> Numbers:
+    """Of every column; None of an empty one."""
+    return {k: float(x.mean()) if len(x) else None for k, x in columns.items()}
+
+
 def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
     """All instruments on one level, rows of all episodes counted alike."""
     subactor, trainer = learner.subactor, config.trainer
@@ -212,9 +257,12 @@ def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
     if levels[0].thoughts.goal is not None:
         thoughts = [level.thoughts for level in levels]
         goals = joined([goal_reached(x.goal, x.state, config.period) for x in thoughts])
-        found["goal"] = {"goals": len(goals["begin"])} | {
-            k: float(x.mean()) if len(x) else None for k, x in goals.items()
-        }
+        goals["heeded"] = np.concatenate([heeded(learner, level) for level in levels])
+        found["goal"] = {"goals": len(goals["begin"])} | means(goals)
+        reach = joined([in_reach(learner, level, config.period) for level in levels])
+        in_play = np.concatenate([x.state for x in thoughts]).var(0).sum()
+        reach["reach"] = reach.pop("spread") / in_play  # (INS 4)
+        found["goal, random actions"] = means(reach)
     if subactor.autoencoder is not None:
         _, health = autoencoder_loss(
             subactor.autoencoder,

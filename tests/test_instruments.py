@@ -15,6 +15,15 @@ from config import TINY
 from game import read_lines
 from learner import Learner
 from play import LevelPlay
+from s5wm import Transition
+
+
+def blank_learner(**fields):
+    """A learner that has nothing else."""
+    learner = object.__new__(Learner)
+    for name, value in fields.items():
+        object.__setattr__(learner, name, value)
+    return learner
 
 
 def test_shape_hook_is_live():
@@ -88,18 +97,78 @@ def test_goals_that_are_reached_and_those_of_others():
     assert "end_others" not in instruments.goal_reached(goal[:5], state[:5], 4)
 
 
+@pytest.mark.parametrize(
+    "policy, moved", [([0.25, 0.75], [0, 0.5, 0.5, 0, 0.5, 0.5]), ([0.4, 0.4], [0] * 6)]
+)
+def test_an_actor_that_heeds_its_goal_and_one_that_does_not(monkeypatch, policy, moved):
+    """Of six rows two have a goal of 1; half an episode later there is one of 0."""
+    p = jnp.array(policy)
+
+    def think(learner, steps, latent):
+        chosen = p[steps.goal]
+        return SimpleNamespace(policy=jnp.stack([chosen, 1 - chosen], -1))
+
+    monkeypatch.setattr(instruments, "think", think)
+    n = jnp.zeros(6)
+    goal = jnp.array([[0], [1], [1], [0], [0], [0]], jnp.uint8)
+    steps = Transition(
+        n.reshape(6, 1, 1, 1).astype(jnp.uint8),
+        *(goal, n, n.astype(bool), n.astype(bool), goal),
+    )
+    thoughts = SimpleNamespace(policy=np.asarray(think(None, steps, None).policy))
+    level = LevelPlay(np.arange(6), steps, None, thoughts)
+    np.testing.assert_allclose(instruments.heeded(blank_learner(), level), moved)
+
+
+def test_what_actions_decide_of_a_state_by_hand(monkeypatch):
+    """The first feature counts actions of one, the second goes by itself."""
+    seen = []
+
+    def imagine(model, carries, action):
+        seen.append(np.asarray(action[0, :, 0, 1]))
+        ones = carries[:, None] + jnp.cumsum(action[:, :, 0, 1], 1)
+        return SimpleNamespace(h=jnp.stack([ones, 7 * jnp.ones_like(ones)], -1))
+
+    monkeypatch.setattr(instruments, "imagine", imagine)
+    subactor = SimpleNamespace(action_shape=(1, 2), world_model=None)
+    learner = blank_learner(subactor=subactor, standardiser=lambda h: h)
+    goal = np.repeat(np.array([[4.0, 0], [0, 14], [1, 1]]), 4, axis=0)[:9]
+    latent = SimpleNamespace(carry=10 * jnp.arange(9.0))
+    level = LevelPlay(np.arange(9), None, latent, SimpleNamespace(goal=goal))
+    found = instruments.in_reach(learner, level, 4)
+    ones = np.array(seen).sum(1)
+    assert found["spread"] == pytest.approx([ones.var()] * 2) and ones.var() > 0.5
+    best, length = [4 * ones, 7 * 14], [16, 49 + ones**2]
+    # r_g = G·S / max(|G|, |S|)²
+    first = best[0] / np.maximum(length[0], length[1])
+    second = best[1] / np.maximum(14**2, 49 + (40 + ones) ** 2)
+    assert found["mean"] == pytest.approx([first.mean(), second.mean()])
+    assert found["best"] == pytest.approx([first.max(), second.max()])
+
+
+def test_no_goal_is_held_to_its_end(monkeypatch):
+    monkeypatch.setattr(
+        instruments, "imagine", lambda *_: SimpleNamespace(h=np.zeros((0, 4, 2)))
+    )
+    subactor = SimpleNamespace(action_shape=(1, 2), world_model=None)
+    learner = blank_learner(subactor=subactor, standardiser=lambda h: h)
+    level = LevelPlay(
+        np.arange(4),
+        None,
+        SimpleNamespace(carry=jnp.zeros(4)),
+        SimpleNamespace(goal=np.ones((4, 2))),
+    )
+    assert instruments.means(instruments.in_reach(learner, level, 4)) == {
+        "mean": None,
+        "best": None,
+        "spread": None,
+    }
+
+
 def test_rows_of_episodes_are_counted_alike():
     parts = [{"a": np.zeros(3), "b": np.ones(1)}, {"a": np.ones(1)}]
     found = {k: x.tolist() for k, x in instruments.joined(parts).items()}
     assert found == {"a": [0, 0, 0, 1], "b": [1]}
-
-
-def blank_learner(**fields):
-    """A learner that has nothing else."""
-    learner = object.__new__(Learner)
-    for name, value in fields.items():
-        object.__setattr__(learner, name, value)
-    return learner
 
 
 def test_rows_of_an_episode_by_hand(monkeypatch):
@@ -205,6 +274,11 @@ def test_a_run_is_examined(tmp_path, capsys):
     assert set(play) == {*instruments.LOSSES, "kl"}
     assert play["loss_reward"] == pytest.approx(np.log(255))  # nothing learned yet
     assert play["kl"] > 1
+    goal = levels["level 0"]["goal"]
+    assert 0 < goal["heeded"] < 1 and goal["goals"] == 2 * 2
+    assert levels["level 0"]["goal, random actions"]["reach"] > 0
+    assert set(levels["level 1"]["goal, random actions"].values()) == {None}
+    assert "goal" not in levels["level 2"]
     shares = levels["level 1"]["share of the advantage"]
     assert set(shares) == {"extrinsic", "subgoal", "novelty"}
     assert sum(shares.values()) == pytest.approx(1)
