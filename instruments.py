@@ -125,6 +125,14 @@ def heeded(learner: Learner, level: LevelPlay) -> Rows:
     return 0.5 * moved.sum(-1).mean(-1)  # (INS 3)
 
 
+def goals_heeded(run_dir: Path, episodes: int = 3, steps: int = 2000) -> float:
+    """Mean of (INS 3) over what level 0 of a trained run does in new episodes."""
+    config, learners = load_weights(run_dir)
+    played = [episode(config, learners, steps, seed=seed) for seed in range(episodes)]
+    moved = [heeded(learners[0], one.levels[0]) for one in played]
+    return float(np.concatenate(moved).mean())
+
+
 def in_reach(learner: Learner, level: LevelPlay, length: int) -> Columns:
     """What random actions make of S by each goal's end: r_g and spread. (INS 4)
 

@@ -34,19 +34,22 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 from game import read_lines
+from instruments import goals_heeded
 from machine import commit
-from memory import MEASURES
+from memory import MEASURES as MEMORY
 from train import parse
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/studies")
+HEEDED = "policy moved by another goal"
+MEASURES = MEMORY | {HEEDED: goals_heeded}
 
 
 class Study(NamedTuple):
     """Flags of train.py by task and by arm; what is measured; losses to be drawn.
 
-    `measure` is the evaluation score or one of memory.py. `pictures` of each
-    task's first run are kept beside the numbers.
+    `measure` is the evaluation score or one of MEASURES. `pictures` of each task's
+    first run are kept beside the numbers.
     """
 
     tasks: dict[str, str]
@@ -74,6 +77,12 @@ RECALL = {
     "D = 100": "--game recall --steps 60000 --updates-per-step 0.25 --env.delay 100",
     "D = 300": "--game recall --steps 120000 --updates-per-step 0.125 --env.delay 300",
 }
+WEIGHTS = {
+    "goals weigh 0": "--levels 3 --trainer.reward-weights 1 0 0.1",
+    "goals weigh 1": "--levels 3 --trainer.reward-weights 1 1 0.1",
+    "goals weigh 3": "--levels 3 --trainer.reward-weights 1 3 0.1",
+    "goals and novelty alone": "--levels 3 --trainer.reward-weights 0 1 0.1",
+}
 CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 MINATAR = {game: f"--game minatar/{game}" for game in GAMES}
@@ -100,11 +109,13 @@ STUDIES = {
             "goals never end": "--levels 3 --trainer.goal-discount 1",
             "both": "--levels 3 --trainer.code-kl-scale 0.5 --trainer.goal-discount 1",
             "plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
-            "goals weigh 0": "--levels 3 --trainer.reward-weights 1 0 0.1",
-            "goals weigh 1": "--levels 3 --trainer.reward-weights 1 1 0.1",
-            "goals weigh 3": "--levels 3 --trainer.reward-weights 1 3 0.1",
-            "goals and novelty alone": "--levels 3 --trainer.reward-weights 0 1 0.1",
-        },
+        }
+        | WEIGHTS,
+    ),
+    "heeded": Study(
+        {"pinpad": "--game pinpad --steps 10000", "Breakout": SMALL["Breakout"]},
+        {"3 levels, as they are": "--levels 3"} | WEIGHTS,
+        measure=HEEDED,
     ),
     "minatar": Study(MINATAR, LEVELS),
     "entropy": Study(
@@ -334,8 +345,9 @@ def draw_intervals(axes: Axes, scores: dict[str, list[float]], xlabel: str) -> N
             axes.plot(values, [row] * len(values), ".", color="#999999", markersize=3)
     axes.set_yticks(range(len(scores)), list(scores))
     axes.set(xlabel=xlabel, ylim=(len(scores) - 0.5, -0.5))
-    if xlabel in MEASURES:  # shares, half is chance
+    if xlabel in MEASURES:  # shares
         axes.set_xlim(0, 1.03)
+    if xlabel in MEMORY:  # half is chance
         axes.axvline(0.5, color="#999999", linewidth=1, linestyle=":")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -276,6 +276,8 @@ def test_a_run_is_examined(tmp_path, capsys):
     assert play["kl"] > 1
     goal = levels["level 0"]["goal"]
     assert 0 < goal["heeded"] < 1 and goal["goals"] == 2 * 2
+    again = instruments.goals_heeded(folder, episodes=2)
+    assert again == pytest.approx(goal["heeded"])
     assert levels["level 0"]["goal, random actions"]["reach"] > 0
     assert set(levels["level 1"]["goal, random actions"].values()) == {None}
     assert "goal" not in levels["level 2"]

@@ -48,9 +48,10 @@ def test_equal_flags_are_one_run_and_others_another():
     for study in STUDIES.values():
         for task in study.tasks:
             for arm in study.arms:
-                flags = " ".join(sorted(study.flags(task, arm).split()))
-                found.setdefault(studies.folder_of(study.flags(task, arm), 0), flags)
-                assert found[studies.folder_of(study.flags(task, arm), 0)] == flags
+                flags = study.flags(task, arm)
+                folder = studies.folder_of(flags, 0)
+                settings = str(parse(flags.split()))
+                assert found.setdefault(folder, settings) == settings
     assert len(set(found.values())) == len(found)
     losses, ablations = STUDIES["losses"], STUDIES["ablations"]
     same = losses.flags("catch", "RSSM"), ablations.flags("catch", "RSSM")
