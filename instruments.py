@@ -126,7 +126,7 @@ def heeded(learner: Learner, level: LevelPlay) -> Rows:
 
 
 def goals_heeded(run_dir: Path, episodes: int = 3, steps: int = 2000) -> float:
-    """Mean of (INS 3) over what level 0 of a trained run does in new episodes."""
+    """Mean of (INS 3) over what level 0 does in new episodes; of two levels or more."""
     config, learners = load_weights(run_dir)
     played = [episode(config, learners, steps, seed=seed) for seed in range(episodes)]
     moved = [heeded(learners[0], one.levels[0]) for one in played]

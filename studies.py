@@ -7,10 +7,10 @@
 
 `--report` starts nothing and writes what there is. Runs are ordinary run folders under
 runs/studies, named by their flags, so that studies share them; one that was stopped is
-resumed, one that is finished is read. Each run has one core to itself. What `--out` has
-of the same settings, in any study's results, is kept and not run again, so that a study
-grows over days and machines. To run all of it anew, give a new `--out` and move
-runs/studies away.
+resumed, one that is finished is read. Each run has one core to itself; what is not the
+score is measured when all have ended. What `--out` has of the same settings and
+measure, in any study's results, is kept and not run again, so that a study grows over
+days and machines. To run all of it anew, give a new `--out` and move runs/studies away.
 """
 
 import json
@@ -277,6 +277,7 @@ def read_run(study: Study, flags: str, seed: int) -> dict | None:
         measured = result["eval_score"]
     else:
         measured = MEASURES[study.measure](folder)
+        commits.append(commit())
     return {key: result[key] for key in KEPT} | {
         "measured": measured,
         "commits": list(dict.fromkeys(commits)),

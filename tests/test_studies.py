@@ -43,7 +43,7 @@ def finish(flags, seed, score, returns=(0.0, 1.0), losses=(), minutes=2.0):
     return folder
 
 
-def test_equal_flags_are_one_run_and_others_another():
+def test_equal_settings_are_one_run_and_others_another():
     found = {}
     for study in STUDIES.values():
         for task in study.tasks:
@@ -73,6 +73,22 @@ def test_numbers_of_a_run_by_hand(runs):
     assert found["curve"][:4] == [1.0, 3.0, 5.0, None]
     assert found["losses"]["kl"][19] == 0.25 and found["losses"]["kl"].count(None) == 39
     assert studies.read_run(Study({}, {}), "--game catch", 0) is None
+
+
+@pytest.mark.parametrize("measure", studies.MEASURES)
+def test_what_is_not_the_score_is_measured_in_the_run(runs, monkeypatch, measure):
+    folder = finish("--game catch", 0, 0.5)
+    measured = {folder: 0.75}
+    monkeypatch.setitem(studies.MEASURES, measure, measured.__getitem__)
+    monkeypatch.setattr(studies, "commit", lambda: "def")
+    study = Study({"task": "--game catch"}, {"arm": ""}, measure=measure)
+    run = studies.read_run(study, "--game catch", 0)
+    assert run["measured"] == 0.75 and run["commits"] == ["abc", "def"]
+    axes = Figure().subplots()
+    studies.draw_intervals(axes, {"arm": [run["measured"]]}, measure)
+    chance = [line for line in axes.lines if list(line.get_xdata()) == [0.5, 0.5]]
+    assert len(chance) == (measure in memory.MEASURES)
+    assert axes.get_xlim() == (0, 1.03)
 
 
 def test_interval_of_known_values():
