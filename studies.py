@@ -118,6 +118,10 @@ STUDIES = {
         measure=HEEDED,
     ),
     "minatar": Study(MINATAR, LEVELS),
+    "weights": Study(
+        {"Breakout": MINATAR["breakout"]},
+        LEVELS | {"3 levels, goals weigh 0": WEIGHTS["goals weigh 0"]},
+    ),
     "entropy": Study(
         MINATAR,
         {
