@@ -325,18 +325,21 @@ def duration(seconds: float) -> str:
 def page_row(name: str, raw: dict[str, Any]) -> list[str]:
     """One raw result in the page's table; a dash for what it does not say."""
     many = lambda x: x if isinstance(x, list) else [x]
-    seconds = [float(x or 0) for x in many(raw["wall_seconds"])] or [0.0]
+    seconds = [float(x) for x in many(raw["wall_seconds"]) if x is not None]
     kinds = {"core": raw.get("cores"), "GPU": raw.get("gpus")}
-    cost = [
-        f"{fmean(seconds) / 3600 * number:.2g} {kind}-hours"
-        for kind, number in kinds.items()
-        if number
-    ]
+    times = ["-", "-"]
+    if seconds:
+        cost = [
+            f"{fmean(seconds) / 3600 * number:.2g} {kind}-hours"
+            for kind, number in kinds.items()
+            if number
+        ]
+        each = f"{duration(fmean(seconds))}; {', '.join(cost) or 'cores not stated'}"
+        times = [duration(sum(seconds)), each]
     cells = (
         *(name, raw.get("summary", "-"), raw["hardware"]),
         " ".join(map(str, many(raw["seeds"]))) or "-",
-        duration(sum(seconds)),
-        f"{duration(fmean(seconds))}; {', '.join(cost) or 'cores not stated'}",
+        *times,
         raw["commit"],
     )
     return [str(cell).replace("|", "/") for cell in cells]

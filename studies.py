@@ -81,7 +81,7 @@ WEIGHTS = {
     "goals weigh 0": "--levels 3 --trainer.reward-weights 1 0 0.1",
     "goals weigh 1": "--levels 3 --trainer.reward-weights 1 1 0.1",
     "goals weigh 3": "--levels 3 --trainer.reward-weights 1 3 0.1",
-    "goals and novelty alone": "--levels 3 --trainer.reward-weights 0 1 0.1",
+    "the game's reward weighs 0": "--levels 3 --trainer.reward-weights 0 1 0.1",
 }
 CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")

@@ -302,6 +302,7 @@ def test_page_by_hand(tmp_path):
     more = {"wall_seconds": 9000, "cores": 2, "gpus": 0.5, "summary": "x | y"}
     (tmp_path / "b.json").write_text(json.dumps(RAW | more))
     (tmp_path / "c.json").write_text('["no header"]')
+    (tmp_path / "d.json").write_text(json.dumps(RAW | {"wall_seconds": None}))
     (tmp_path / "a.md").write_text("| a |\n")
     (tmp_path / "a_curve.png").write_bytes(b"")
     text = evaluate.make_page(tmp_path)
@@ -311,6 +312,7 @@ def test_page_by_hand(tmp_path):
     assert rows[3] == ["[a](a.json)", "-", "a b", "0 1", *cost]
     cost = ["2.5 h", "2.5 h; 5 core-hours, 1.2 GPU-hours", "abc"]
     assert rows[4] == ["[b](b.json)", "x / y", "a b", "0 1", *cost]
+    assert rows[5] == ["[d](d.json)", "-", "a b", "0 1", "-", "-", "abc"]
     assert "Without a header: c.json." in text
     section = "## a\n\n`python x.py`\n\n| a |\n\n![a_curve](a_curve.png)\n"
     assert section in text
