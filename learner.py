@@ -56,6 +56,7 @@ class Learner(eqx.Module):
     critics_adam: optax.OptState
     autoencoder_adam: optax.OptState | None
     updates: Int[Array, ""]
+    goal_contrast: bool = eqx.field(static=True)
 
     def rewards(
         self,
@@ -63,15 +64,21 @@ class Learner(eqx.Module):
         h: Float[Array, "*B M H"],
         goal: Float[Array, "M Sg Kg"] | None,
     ) -> dict[str, Float[Array, "*B M"]]:
-        """Those that exist at this level, by name; goals as one-hots."""
+        """Those that exist at this level, by name; goals as one-hots.
+
+        With `goal_contrast` "subgoal" is less that of the goal M // 2 starts away.
+        """
         rewards, autoencoder = {"extrinsic": extrinsic}, self.subactor.autoencoder
         if autoencoder is None:
             return rewards
         S = self.standardiser(h)
         if goal is not None:
-            G = jnp.broadcast_to(jax.vmap(autoencoder.decode)(goal), S.shape)
+            G = jax.vmap(autoencoder.decode)(goal)
             per_state = jnp.vectorize(subgoal_reward, signature="(h),(h)->()")
             rewards["subgoal"] = per_state(G, S)
+            if self.goal_contrast:
+                other = jnp.roll(G, len(G) // 2, 0)
+                rewards["subgoal"] -= per_state(other, S)  # (GOAL 6)
         per_state = jnp.vectorize(autoencoder.novelty, signature="(h)->()")
         rewards["novelty"] = per_state(S)
         return rewards
@@ -102,6 +109,7 @@ class Trainer:
     imagination_starts: int
     discount: float
     goal_discount: float
+    goal_contrast: bool
     lambda_: float
     entropy_scale: float
     slow_rate: float
@@ -147,6 +155,7 @@ class Trainer:
             critics_adam=self._actor_critic_adam.init(subactor.critics),
             autoencoder_adam=autoencoder and self._autoencoder_adam.init(autoencoder),
             updates=jnp.array(0, jnp.int32),
+            goal_contrast=self.goal_contrast,
         )
 
     def update(

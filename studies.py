@@ -83,6 +83,11 @@ WEIGHTS = {
     "goals weigh 3": "--levels 3 --trainer.reward-weights 1 3 0.1",
     "the game's reward weighs 0": "--levels 3 --trainer.reward-weights 0 1 0.1",
 }
+CONTRAST = {
+    f"contrast, goals weigh {w}": "--levels 3 --trainer.goal-contrast "
+    f"--trainer.reward-weights 1 {w} 0.1"
+    for w in ("0.3", "1", "3")
+}
 CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 MINATAR = {game: f"--game minatar/{game}" for game in GAMES}
@@ -104,17 +109,19 @@ STUDIES = {
     "goals": Study(
         {"pinpad": "--game pinpad --steps 10000"},
         {
+            "1 level": "--levels 1",
             "3 levels, as they are": "--levels 3",
             "code KL weight 0.5": "--levels 3 --trainer.code-kl-scale 0.5",
             "goals never end": "--levels 3 --trainer.goal-discount 1",
             "both": "--levels 3 --trainer.code-kl-scale 0.5 --trainer.goal-discount 1",
             "plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
         }
-        | WEIGHTS,
+        | WEIGHTS
+        | CONTRAST,
     ),
     "heeded": Study(
         {"pinpad": "--game pinpad --steps 10000", "Breakout": SMALL["Breakout"]},
-        {"3 levels, as they are": "--levels 3"} | WEIGHTS,
+        {"3 levels, as they are": "--levels 3"} | WEIGHTS | CONTRAST,
         measure=HEEDED,
     ),
     "minatar": Study(MINATAR, LEVELS),

@@ -5,6 +5,7 @@
     L = mean (S - Ŝ)² + β mean_rows KL[code ‖ uniform]              (GOAL 3)
     r_g = max(0, ⟨G, S⟩ / max(‖G‖, ‖S‖)²),  G = decode(goal)        (GOAL 4)
     r_nov = mean (S - Ŝ)²                                           (GOAL 5)
+    r_g(G_i, S) - r_g(G_j, S),  j another start's, if asked for     (GOAL 6)
 
 Standardised, because symlog(h) has so little variance that the KL term of (GOAL 3)
 collapses the code: then every goal decodes to the mean of h, and r_g is the same for
