@@ -39,7 +39,7 @@ from subactor import (
     sg,
     survival,
 )
-from subgoal import Standardiser, autoencoder_loss, subgoal_reward
+from subgoal import Standardiser, autoencoder_loss, subgoal_rewards
 
 REWARDS = ("extrinsic", "subgoal", "novelty")
 
@@ -64,21 +64,14 @@ class Learner(eqx.Module):
         h: Float[Array, "*B M H"],
         goal: Float[Array, "M Sg Kg"] | None,
     ) -> dict[str, Float[Array, "*B M"]]:
-        """Those that exist at this level, by name; goals as one-hots.
-
-        With `goal_contrast` "subgoal" is less that of the goal M // 2 starts away.
-        """
+        """Those that exist at this level, by name; goals as one-hots."""
         rewards, autoencoder = {"extrinsic": extrinsic}, self.subactor.autoencoder
         if autoencoder is None:
             return rewards
         S = self.standardiser(h)
         if goal is not None:
             G = jax.vmap(autoencoder.decode)(goal)
-            per_state = jnp.vectorize(subgoal_reward, signature="(h),(h)->()")
-            rewards["subgoal"] = per_state(G, S)
-            if self.goal_contrast:
-                other = jnp.roll(G, len(G) // 2, 0)
-                rewards["subgoal"] -= per_state(other, S)  # (GOAL 6)
+            rewards["subgoal"] = subgoal_rewards(G, S, self.goal_contrast)
         per_state = jnp.vectorize(autoencoder.novelty, signature="(h)->()")
         rewards["novelty"] = per_state(S)
         return rewards
