@@ -105,9 +105,6 @@ class TrainerConfig:
     goal_discount: Fraction = 0.75
     """Times γ for the subgoal reward, as a goal ends after k steps: 1 - 1/k for k = 4
     (Δ25) (official: 1)."""
-    goal_contrast: bool = False
-    """The subgoal reward less that of another start's goal: who ignores goals then gets
-    0 on average (official: none)."""
     lambda_: Fraction = 0.95
     """λ of the returns (official: discount_lambda)."""
     entropy_scale: Rate = 3e-4

@@ -39,7 +39,7 @@ from subactor import (
     sg,
     survival,
 )
-from subgoal import Standardiser, autoencoder_loss, subgoal_rewards
+from subgoal import Standardiser, autoencoder_loss, subgoal_reward
 
 REWARDS = ("extrinsic", "subgoal", "novelty")
 
@@ -56,7 +56,6 @@ class Learner(eqx.Module):
     critics_adam: optax.OptState
     autoencoder_adam: optax.OptState | None
     updates: Int[Array, ""]
-    goal_contrast: bool = eqx.field(static=True)
 
     def rewards(
         self,
@@ -70,8 +69,9 @@ class Learner(eqx.Module):
             return rewards
         S = self.standardiser(h)
         if goal is not None:
-            G = jax.vmap(autoencoder.decode)(goal)
-            rewards["subgoal"] = subgoal_rewards(G, S, self.goal_contrast)
+            G = jnp.broadcast_to(jax.vmap(autoencoder.decode)(goal), S.shape)
+            per_state = jnp.vectorize(subgoal_reward, signature="(h),(h)->()")
+            rewards["subgoal"] = per_state(G, S)
         per_state = jnp.vectorize(autoencoder.novelty, signature="(h)->()")
         rewards["novelty"] = per_state(S)
         return rewards
@@ -102,7 +102,6 @@ class Trainer:
     imagination_starts: int
     discount: float
     goal_discount: float
-    goal_contrast: bool
     lambda_: float
     entropy_scale: float
     slow_rate: float
@@ -148,7 +147,6 @@ class Trainer:
             critics_adam=self._actor_critic_adam.init(subactor.critics),
             autoencoder_adam=autoencoder and self._autoencoder_adam.init(autoencoder),
             updates=jnp.array(0, jnp.int32),
-            goal_contrast=self.goal_contrast,
         )
 
     def update(

@@ -83,11 +83,6 @@ WEIGHTS = {
     "goals weigh 3": "--levels 3 --trainer.reward-weights 1 3 0.1",
     "the game's reward weighs 0": "--levels 3 --trainer.reward-weights 0 1 0.1",
 }
-CONTRAST = {
-    f"contrast, goals weigh {w}": "--levels 3 --trainer.goal-contrast "
-    f"--trainer.reward-weights 1 {w} 0.1"
-    for w in ("0.3", "1", "3")
-}
 CUE = "--game cue --steps {} --updates-per-step 1 --eval-episodes 1 "
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 MINATAR = {game: f"--game minatar/{game}" for game in GAMES}
@@ -116,18 +111,22 @@ STUDIES = {
             "both": "--levels 3 --trainer.code-kl-scale 0.5 --trainer.goal-discount 1",
             "plain symlog(h) as goal": "--levels 3 --trainer.no-standardise",
         }
-        | WEIGHTS
-        | CONTRAST,
+        | WEIGHTS,
     ),
     "heeded": Study(
         {"pinpad": "--game pinpad --steps 10000", "Breakout": SMALL["Breakout"]},
-        {"3 levels, as they are": "--levels 3"} | WEIGHTS | CONTRAST,
+        {"3 levels, as they are": "--levels 3"} | WEIGHTS,
         measure=HEEDED,
     ),
     "minatar": Study(MINATAR, LEVELS),
     "weights": Study(
         {"Breakout": MINATAR["breakout"]},
-        LEVELS | {"3 levels, goals weigh 0": WEIGHTS["goals weigh 0"]},
+        LEVELS
+        | {
+            "3 levels, goals weigh 0": WEIGHTS["goals weigh 0"],
+            "1 level, actor's rate 3e-4": "--levels 1 --trainer.actor-critic-lr 3e-4",
+            "3 levels, actor's rate 3e-4": "--levels 3 --trainer.actor-critic-lr 3e-4",
+        },
     ),
     "entropy": Study(
         MINATAR,

@@ -5,13 +5,12 @@
     L = mean (S - Ŝ)² + β mean_rows KL[code ‖ uniform]              (GOAL 3)
     r_g = max(0, ⟨G, S⟩ / max(‖G‖, ‖S‖)²),  G = decode(goal)        (GOAL 4)
     r_nov = mean (S - Ŝ)²                                           (GOAL 5)
-    r_g(G, S_i) - r_g(G', S_i),  G' another start's goal, if asked  (GOAL 6)
 
 Standardised, because symlog(h) has so little variance that the KL term of (GOAL 3)
 collapses the code: then every goal decodes to the mean of h, and r_g is the same for
 any goal. Even then β = 0.5 leaves the code one to three nats of the 17 it could hold,
 and goals that say so little cannot be followed. The slides leave the square out of
-(GOAL 4), without which it is unbounded. (GOAL 6) is ours and off by default.
+(GOAL 4), without which it is unbounded.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Hafner et al., "Deep
 Hierarchical Planning from Pixels", 2022. Official:
@@ -37,19 +36,6 @@ def subgoal_reward(
     """Agreement of direction and length, in [0, 1]; 1 iff goal = state. (GOAL 4)"""
     longest = jnp.maximum(goal @ goal, state @ state)
     return jnp.maximum(0, goal @ state / jnp.maximum(longest, 1e-8))  # (GOAL 4)
-
-
-def subgoal_rewards(
-    G: Float[Array, "M H"], S: Float[Array, "*B M H"], contrast: bool
-) -> Float[Array, "*B M"]:
-    """Of M starts with a goal each; with contrast less that of another's goal. (GOAL 6)
-
-    Another is M // 2 starts away. Who ignores goals then gets 0 on average.
-    """
-    per_state = jnp.vectorize(subgoal_reward, signature="(h),(h)->()")
-    if not contrast:
-        return per_state(G, S)
-    return per_state(G, S) - per_state(jnp.roll(G, len(G) // 2, 0), S)  # (GOAL 6)
 
 
 class Standardiser(eqx.Module):

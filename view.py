@@ -55,8 +55,7 @@ CURVES = {
     "continuation": "ĉ, probability that the game goes on",
     "extrinsic reward": "points per agent step; faint: predicted r̂",
     "extrinsic value": DISCOUNTED,
-    "subgoal reward": "r_g, 0 to 1: agreement of state and goal (goal_contrast: less "
-    "that of the goal half the episode away)",
+    "subgoal reward": "r_g, 0 to 1: agreement of state and goal",
     "subgoal value": DISCOUNTED,
     "novelty reward": "mean squared error of S, which has unit variance",
     "novelty value": DISCOUNTED,
