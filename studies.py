@@ -405,7 +405,7 @@ def draw(found: dict, path: Path) -> None:
             lines.values(),
             lines.keys(),
             loc="outside lower center",
-            ncols=len(lines),
+            ncols=min(len(lines), 2 + n),
             frameon=False,
             title=title,
         )
