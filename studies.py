@@ -119,7 +119,7 @@ STUDIES = {
         measure=HEEDED,
     ),
     "minatar": Study(MINATAR, LEVELS),
-    "weights": Study(
+    "breakout": Study(
         {"Breakout": MINATAR["breakout"]},
         LEVELS
         | {
