@@ -145,6 +145,61 @@ def test_curves_lie_within_their_axes(run):
         assert low < 0 and high > 114
 
 
+def test_a_uniform_actor_is_drawn_at_1_on_every_level(run):
+    """Catch has one group of three actions, upper levels act in codes."""
+    model = CONFIG.model
+    code = model.code_categoricals * np.log(model.code_classes)
+    entropies = {f"level{i}/entropy_actor": x for i, x in enumerate((np.log(3), code))}
+    axes = report.health(run, [{"step": 8} | entropies]).axes[0]
+    assert axes.get_title(loc="left") == "actor: entropy / uniform"
+    drawn = [y for line in axes.lines for y in line.get_ydata()]
+    assert drawn == pytest.approx([1, 1])
+
+
+def test_marks_stand_where_there_are_values(run):
+    lines = [{"step": 8, "level0/kl": 2.0, "level0/loss_reward": 0.1}]
+    kl = report.losses(run, lines).axes[3]
+    assert [t.get_text() for t in kl.texts] == ["free\nnats"]
+    assert kl.texts[0].get_position()[1] == CONFIG.trainer.free_nats
+    assert [a.get_yscale() for a in kl.figure.axes] == [
+        "linear",
+        "log",
+        *["linear"] * 2,
+    ]
+    codes = report.health(run, [{"step": 8, "level0/entropy_actor": 1.0}]).axes[3]
+    assert [t.get_text() for t in codes.texts] == ["none"]
+
+
+def test_a_flat_agent_has_no_rows_for_codes_and_goals(run, monkeypatch):
+    monkeypatch.setattr(run, "config", replace(CONFIG, levels=1))
+    lines = [{"step": 8, "level0/entropy_actor": 1.0, "level0/real_extrinsic": 0.0}]
+    assert len(report.health(run, lines).axes) == 3
+    assert len(report.rewards(run, lines).axes) == 1
+
+
+def test_the_running_mean_ends_with_the_newest_episode(run):
+    """300 episodes, so a mean of 15; the first is that of steps 1 to 15."""
+    lines = [{"step": n, "episode_return": float(n)} for n in range(1, 301)]
+    _, mean, *_ = report.learning_curve(run, lines).axes[0].lines
+    assert mean.get_label() == "mean of the last 15"
+    assert mean.get_xydata()[[0, -1]].tolist() == [[15, 8], [300, 293]]
+
+
+def test_references_out_of_reach_are_told_below(run, tmp_path, monkeypatch):
+    """Catch: -0.6 and 1. What is a point or less beyond the returns is drawn."""
+    monkeypatch.setattr(run, "folder", tmp_path)  # without the evaluation
+    for returns, drawn, told in (
+        ([0.2, 0.3], ["random\n-0.6", "best\n1"], ""),
+        ([0.8], ["best\n1"], "Off the scale: random -0.6."),
+        ([9.0], [], "Off the scale: random -0.6. Off the scale: best 1."),
+    ):
+        lines = [{"step": n, "episode_return": x} for n, x in enumerate(returns)]
+        figure = report.learning_curve(run, lines)
+        assert [t.get_text() for t in figure.axes[0].texts] == drawn
+        text = " ".join(figure.get_supxlabel().split())
+        assert text.partition(" Off")[2] == told.partition("Off")[2]
+
+
 def test_learning_curve_shows_references_and_evaluation(run):
     figure = report.learning_curve(run, read_lines(run.folder))
     (axes,) = figure.axes
@@ -368,6 +423,62 @@ def test_the_best_predicted_window_comes_first():
     assert best == pytest.approx(0) and worst > 1
 
 
+def test_the_strip_shows_the_median_window_and_the_errors_of_all():
+    """Two windows of 32 after 8 frames, of which one is foreseen wrongly."""
+    run = toggle_run(wrong=True)
+    play = diagnose.open_loop(run)
+    model = np.stack([play.truth[0], play.model[1]])  # right in the first window
+    play = play._replace(model=model)
+    figure = report.film_strip(run, play)
+    strip, axes = figure.axes[:-1], figure.axes[-1]
+    titles = [a.get_title() for a in strip if a.get_title()]
+    assert titles[:3] == ["context\n-1", "context\n0", "imagined\n+1"]
+    assert titles[-1] == "imagined\n+24"
+    for a, title in zip(strip, titles, strict=False):  # what was seen comes first
+        t = play.context - 1 + int(title.split()[1])
+        np.testing.assert_array_equal(
+            a.images[0].get_array()[..., 0], play.truth[1, t, ..., 0]
+        )
+    imagined, *_ = axes.lines
+    assert imagined.get_xdata().tolist() == list(range(1, 25))
+    errors = play.errors()["imagined"]
+    np.testing.assert_allclose(imagined.get_ydata(), errors.mean(0)[play.context :])
+
+
+def test_the_film_moves_and_shows_other_windows(tmp_path):
+    run = toggle_run(wrong=False)
+    play = diagnose.open_loop(run)
+    report.write_film(run, play, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        shots = []
+        for n in range(film.n_frames):
+            film.seek(n)
+            shots.append(np.asarray(film.convert("L"), float))
+    height = shots[0].shape[0]
+    top, bottom = slice(height // 8, height // 3), slice(3 * height // 4, height)
+    light = play.truth[:, :, 0, 1, 0]
+    for part, window in ((top, light[0]), (bottom, light[1])):
+        for t in range(1, 8):
+            moved = np.abs(shots[t][part] - shots[t - 1][part]).max() > 100
+            assert moved == (window[t] != window[t - 1]), t
+
+
+def test_the_goal_sheet_by_hand(run):
+    """Each picture in its row, r_g of the moment before the best."""
+    flat = lambda value: np.full((2, 3, 3, 1), value)
+    aim = diagnose.Aim(
+        0, np.array([0.1, 0.2]), np.array([0.3, 0.4]), *map(flat, (0.5, 0.6, 0.7))
+    )
+    figure = report.goal_sheet(run, flat(0.9), [aim])
+    shown = [a.images[0].get_array().mean() for a in figure.axes]
+    assert shown == pytest.approx([0.9, 0.9, 0.5, 0.5, 0.6, 0.6, 0.7, 0.7])
+    labels = [a.get_xlabel() for a in figure.axes]
+    assert labels[-2:] == ["r_g 0.10, closest 0.30", "r_g 0.20, closest 0.40"]
+    assert "decoding changes a state's frame by 0.1," in " ".join(
+        figure.get_supxlabel().split()
+    )
+
+
 def test_mean_of_all_frames_by_hand():
     truth = np.array([0.0, 1.0, 1.0, 0.0]).reshape(2, 2, 1, 1, 1)
     play = diagnose.OpenLoop(truth, truth, truth, 1)
@@ -382,6 +493,8 @@ def test_colours():
     apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 9 * np.eye(10)
     assert apart.min() > 0.2
     assert report.to_rgb(np.zeros((1, 1, 4))).max() == 0
+    two = report.to_rgb(np.eye(10)[:2].sum(0).reshape(1, 1, 10))[0, 0]
+    np.testing.assert_allclose(two, colours[:2].mean(0))
 
 
 def test_a_run_without_data_draws_nothing(tmp_path):
