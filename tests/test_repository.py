@@ -135,6 +135,24 @@ def test_readme_links_each_notebook_beside_a_module_it_imports():
         ), path
 
 
+def test_links_between_documents_lead_somewhere():
+    """Files named in Markdown exist; so do the headings named after a `#`."""
+    slug = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    headings = lambda path: {
+        slug(title) for title in re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    }
+    for document in [path for path in files() if path.suffix == ".md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if "://" in link:
+                continue
+            name, _, heading = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.exists(), f"{document.name}: {link}"
+            assert not heading or heading in headings(target), (
+                f"{document.name}: {link}"
+            )
+
+
 def test_first_figure_is_what_its_script_draws_and_names_files_that_exist(tmp_path):
     """The words of both; outlines of letters may differ between matplotlib versions."""
     script, drawn = ROOT / "docs" / "tower.py", tmp_path / "tower.svg"
