@@ -43,16 +43,16 @@ from jaxtyping import Float32, Int, UInt8
 SCORES_CSV = Path(__file__).parent / "data" / "atari100k_scores.csv"
 
 
-def scores() -> dict[str, dict[str, float | None]]:
+def scores() -> dict[str, dict[str, float]]:
     """Reference scores, game → column → score in game points.
 
     Columns are those of data/atari100k_scores.csv: random, human, then one per
-    published agent. None marks a score that was not reported.
+    published agent. NaN marks a score that was not reported.
     """
     with SCORES_CSV.open(newline="") as file:
         rows = {row.pop("game"): row for row in csv.DictReader(file)}
     return {
-        game: {name: float(text) if text else None for name, text in row.items()}
+        game: {name: float(text or "nan") for name, text in row.items()}
         for game, row in rows.items()
     }
 

@@ -195,7 +195,6 @@ def end_to_end(config: Config, steps: int) -> dict[str, float]:
 def compiling(config: Config) -> dict[str, float]:
     """Seconds until all levels' update programs are there: first time, then cached."""
     agent = init_agents(config, PICTURE, ACTIONS)
-    before = jax.config.jax_compilation_cache_dir
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -208,8 +207,6 @@ def compiling(config: Config) -> dict[str, float]:
                 inputs = (agent.learners[i], agent.replays[i], agent.key)
                 update.lower(*inputs, level=i, **arguments).compile()
             found[f"seconds_{name}"] = time.perf_counter() - began
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
     return found
 
 
@@ -246,7 +243,7 @@ def sequence_forms(config: Config, lengths: list[int]) -> dict[str, dict]:
         for T in lengths:
             inputs = (jnp.zeros((T, S, K)), jnp.zeros((T, 1), jnp.uint8))
             call = partial(gradient, model, *inputs, jnp.zeros(T, bool))
-            found[name][T] = 1e3 * seconds(call, 5)
+            found[name][T] = 1e3 * seconds(call)
     return found
 
 
@@ -291,7 +288,7 @@ def updates_of(config: Config, level: int = 0, entries: int | None = None) -> fl
         )
         return metrics
 
-    return 1e3 * seconds(call, 5)
+    return 1e3 * seconds(call)
 
 
 def peak_memory() -> float:
@@ -419,7 +416,7 @@ def draw(found: dict, path: Path) -> None:
 
 def measure(bench: Bench) -> dict[str, Any]:
     """One part, with the peaks of speed and memory of this process."""
-    peak = matmul_peak(4096, 5, precision_here("auto"))
+    peak = matmul_peak(4096, precision=precision_here("auto"))
     found = dict(measurements(bench))[bench.part]()
     return {"found": found, "gflops": peak / 1e9, "GiB": peak_memory()}
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Literal, get_type_hints
 
 
+class UsageError(Exception):
+    """Bad input; the message names the flag and the remedy."""
+
+
 @dataclass(frozen=True)
 class Between:
     """Bounds of a number, both included."""

@@ -11,7 +11,6 @@ level's own steps, S categoricals × K classes of z, Sg of a goal, H features of
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from diagnose import Pictures, decode, decode_down
+from diagnose import Pictures, decode
 from learner import Learner
 from play import Episode, LevelPlay
 from s5wm import Latent
@@ -91,12 +90,6 @@ class Level(NamedTuple):
     @property
     def decoders(self) -> tuple[Callable, ...]:
         return tuple(x.subactor.world_model.heads.decoder for x in self.learners)
-
-    @property
-    def values(self) -> int:
-        """Numbers in one decoded picture."""
-        z, h = self.lived.latent.z[0], self.lived.latent.h[0]
-        return jax.eval_shape(partial(decode_down, self.decoders), z, h).size
 
     def pictures(self, z: Float[Array, "*B S K"], h: Float[Array, "*B H"]) -> Pictures:
         return np.asarray(decode(self.decoders, z, h))

@@ -38,14 +38,14 @@ from tqdm import tqdm
 
 import atari
 from checkpoint import CheckpointError
-from config import Config
-from game import UsageError, make_env
+from config import Config, UsageError
+from game import make_env
 from machine import commit, keep_compiled
 from minatar_env import MinAtar
 from minatar_env import make as make_minatar
 from report import to_rgb
 from run import Episode, evaluation, load_weights, place_of
-from scores import BadInput, markdown, read_agent, write
+from scores import markdown, read_agent, write
 from studies import interval, shown
 
 ROOT = Path(__file__).parent
@@ -60,10 +60,8 @@ THEIRS = 30
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "here": {},
     "6 frames": {"frame_skip": 6},
-    "18 actions": {"every_action": True},
-    "both": {"frame_skip": 6, "every_action": True},
 }
-PROBLEMS = (BadInput, UsageError, CheckpointError, OSError, ValueError, ImportError)
+PROBLEMS = (UsageError, CheckpointError, OSError, ValueError, ImportError)
 RunDirs = tyro.conf.Positional[tuple[Path, ...]]
 Picture = UInt8[np.ndarray, "height width 3"]
 
@@ -107,7 +105,7 @@ def checkpoint(run_dirs: RunDirs, *, episodes: int = 100, videos: bool = False) 
         videos: GIFs of the best and the median episode, in pictures beside it
     """
     if episodes < 1 or not run_dirs:
-        raise BadInput(f"--episodes {episodes}: give 1 or more, and some RUN_DIRS")
+        raise UsageError(f"--episodes {episodes}: give 1 or more, and some RUN_DIRS")
     keep_compiled()
     for path in run_dirs:
         config, learners = load_weights(path)
@@ -158,11 +156,13 @@ def table(
         name, _, pattern = text.partition("=")
         paths = [Path(x) for x in sorted(glob(pattern))]
         if not name or name in folders or set(name) & set(",|") or not paths:
-            raise BadInput(f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders")
+            raise UsageError(
+                f"--agent {text}: give NAME=GLOB, NAME new, GLOB of folders"
+            )
         folders[name] = paths
     if not folders or out is None or out.is_file():
         what = f"--out {out}: is no folder" if folders else "RUN_DIRS: none given"
-        raise BadInput(f"{what}; usage: evaluate.py table RUN_DIR ... --out DIR")
+        raise UsageError(f"{what}; usage: evaluate.py table RUN_DIR ... --out DIR")
     agents = {x: read_agent(paths, score) for x, paths in folders.items()}
     runs = [run for found in agents.values() for run in found]
     words = [*map(str, run_dirs), *(f"--agent '{x}'" for x in agent), f"--out {out}"]
@@ -172,15 +172,11 @@ def table(
     write(agents, out, header(command, seeds, seconds, hardware))
 
 
-def chance(
-    game: str, count: int, *, frame_skip: int = 4, every_action: bool = False
-) -> dict[str, Any]:
+def chance(game: str, count: int, *, frame_skip: int = 4) -> dict[str, Any]:
     """Uniformly random play in the environment of training: returns and lengths."""
     env = atari.make(game, seed=0, frame_skip=frame_skip)
     black = env.observation()
     env.observation = lambda: black  # nobody looks
-    if every_action:
-        env.actions = tuple(env.ale.getLegalActionSet())
     return play_uniformly(env, count)
 
 
@@ -218,13 +214,6 @@ def verdict(played: dict[str, Any], game: str, theirs: float) -> str:
     return f"that of {' or '.join(fits)}" if fits else "unexplained"
 
 
-def settled(played: dict[str, Any], game: str) -> bool:
-    """Whether some protocol explains the literature's number already."""
-    theirs = float(atari.scores()[game]["random"] or 0)
-    found = (x[game]["returns"] for x in played.values() if game in x)
-    return any(apart(returns, theirs) < 1.96 for returns in found)
-
-
 def random_table(played: dict[str, Any]) -> tuple[str, str]:
     """A summary in one line; every game beside the literature's column."""
     text = lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
@@ -235,7 +224,7 @@ def random_table(played: dict[str, Any]) -> tuple[str, str]:
             mean, low, high = map(text, interval(one["returns"]))
             measured = [played[name].get(game) for name in others]
             means = [text(fmean(x["returns"])) if x else "" for x in measured]
-            theirs = float(row["random"] or 0)
+            theirs = row["random"]
             cells = [str(one["actions"]), f"{mean} [{low}, {high}]", text(theirs)]
             verdicts.append(verdict(played, game, theirs))
             rows.append([game, *cells, *means, verdicts[-1]])
@@ -264,14 +253,16 @@ def random(
     names = atari.GAMES if games == ("all",) else tuple(map(atari.find, games))
     raw = json.loads(out.read_text()) if out.exists() else {}
     if episodes < 2 or raw.get("episodes", episodes) != episodes:
-        raise BadInput(f"--episodes {episodes}: give 2 or more, as many as in {out}")
+        raise UsageError(f"--episodes {episodes}: give 2 or more, as many as in {out}")
     here = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     command = f"python evaluate.py random --episodes {episodes}"
     raw = header(command, [0], 0.0, here) | {"cores": 1, "episodes": episodes} | raw
     played = raw.setdefault("played", {protocol: {} for protocol in PROTOCOLS})
     for protocol, options in PROTOCOLS.items():
         for game in tqdm(names, desc=protocol, unit="game"):
-            if game in played[protocol] or (options and settled(played, game)):
+            theirs = atari.scores()[game]["random"]
+            known = bool(options) and verdict(played, game, theirs) != "unexplained"
+            if known or game in played[protocol]:
                 continue
             began = time.monotonic()
             played[protocol][game] = chance(game, episodes, **options)
@@ -290,9 +281,9 @@ def minatar(*, episodes: int = 1000, study: Path = RESULTS / "minatar.json") -> 
         study: what `python studies.py minatar` wrote; the table is written beside it
     """
     if episodes < 2:
-        raise BadInput(f"--episodes {episodes}: give 2 or more")
+        raise UsageError(f"--episodes {episodes}: give 2 or more")
     if not study.is_file():
-        raise BadInput(f"--study {study}: not there, run python studies.py minatar")
+        raise UsageError(f"--study {study}: not there, run python studies.py minatar")
     found, began = json.loads(study.read_text())["tasks"], time.monotonic()
     with open(ROOT / "data" / "minatar_scores.csv", newline="") as file:
         published = {row["game"]: row["published"] for row in DictReader(file)}

@@ -17,14 +17,10 @@ import atari
 import checkpoint
 import minatar_env
 import probes
-from config import Config
+from config import Config, UsageError
 from hieros import EnvStep
 
 COUNTS = ("clock", "episode_return", "episode_length", "entries", "metrics_bytes")
-
-
-class UsageError(Exception):
-    """Bad input; the message names the flag and the remedy."""
 
 
 class GameError(Exception):
@@ -34,7 +30,7 @@ class GameError(Exception):
 def make_env(config: Config, seed: int) -> gymnasium.Env:
     """The environment of a run. Raises UsageError where it cannot be had.
 
-    Or where the picture cannot be halved as the model wants it.
+    Or where the model's strides do not divide its picture.
     """
     env = find_env(config, seed)
     height, width, _ = env.observation_space.shape
@@ -83,9 +79,10 @@ def read_lines(folder: Path) -> list[dict]:
 
 @dataclass
 class Game:
-    """What a seed plays. `entries` are what each level's replay was given, `clock` the
+    """What a seed plays.
 
-    tower's calls in this episode, `returns` the agent step and return of all episodes.
+    `entries` are what each level's replay was given, `clock` the tower's calls in this
+    episode, `returns` the agent step and return of all episodes.
     """
 
     config: Config

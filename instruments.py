@@ -31,13 +31,13 @@ import tyro
 from jaxtyping import Float
 
 from checkpoint import CheckpointError
-from config import Config
+from config import Config, UsageError
 from diagnose import imagine
-from game import UsageError, read_lines
+from game import read_lines
 from learner import REWARDS, Learner
 from machine import keep_compiled
 from nets import mode_onehot, twohot_mean, unimix_probs
-from play import Episode, LevelPlay, episode, think
+from play import LevelPlay, episode, think
 from run import load_weights, place_of
 from s5wm import Transition, prediction_losses
 from subactor import lambda_return
@@ -47,14 +47,14 @@ Rows = Float[np.ndarray, " n"]
 Columns = dict[str, np.ndarray]  # rows of different stretches, by name
 Numbers = dict[str, float | int | None]
 SEQUENCES = 32  # of actions, drawn uniformly, that are imagined from where goals begin
+returns_of = jax.jit(lambda_return, static_argnames="lambda_")
 LOSSES = ("loss_observation", "loss_reward", "loss_cont")  # as metrics.jsonl calls them
 
 
 def surprise_by_age(surprise: Rows, age: Rows, length: int) -> Numbers:
     """Mean KL in nats of rows by their age in windows of training, T = `length`."""
-    T = length
-    edges = {"to T/2": (0, T // 2), "to T": (T // 2, T), "to 2T": (T, 2 * T)}
-    edges["later"] = (2 * T, math.inf)
+    edges = {"to T/2": (0, length // 2), "to T": (length // 2, length)}
+    edges |= {"to 2T": (length, 2 * length), "later": (2 * length, math.inf)}
     parts = {
         k: surprise[(low <= age) & (age < high)] for k, (low, high) in edges.items()
     }
@@ -74,15 +74,6 @@ def detection(reward: Rows, predicted: Rows) -> Numbers:
         "precision": float(right.sum() / called.sum()) if called.any() else None,
         "recall": float(right.sum() / real.sum()),
     }
-
-
-def realised(reward: Rows, discount: Rows, after: float | int) -> Rows:
-    """What really followed, `after` being worth what came beyond the end. (INS 1)"""
-    total, found = after, np.zeros(len(reward))
-    for t in reversed(range(len(reward))):
-        total = reward[t] + discount[t] * total  # (INS 1)
-        found[t] = total
-    return found
 
 
 def calibration(value: Rows, returns: Rows) -> Numbers:
@@ -203,11 +194,11 @@ def critic(
     """
     after = float(reward[-1] if terminal[-1] else value[-1])
     value = np.append(value[:-1], after)
-    steps = map(jnp.asarray, (reward, value, discount))
+    steps = tuple(map(jnp.asarray, (reward, value, discount)))
     return {
         "value": value[:-1],
-        "came": realised(reward[:-1], discount[:-1], after),
-        "lambda": np.asarray(lambda_return(*steps, lambda_)),
+        "came": np.asarray(returns_of(*steps, 1.0)),  # (INS 1)
+        "lambda": np.asarray(returns_of(*steps, lambda_)),
     }
 
 
@@ -303,9 +294,7 @@ def main(
     except (UsageError, CheckpointError) as error:
         print(f"instruments.py: {error}", file=sys.stderr)
         return 2
-    played: list[Episode] = [
-        episode(config, learners, steps, seed=seed) for seed in range(episodes)
-    ]
+    played = [episode(config, learners, steps, seed=seed) for seed in range(episodes)]
     lines = read_lines(run_dir)
     found = {
         f"level {i}": {"losses in training": training_losses(lines, i)}

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from config import Config
 from instruments import predicted_rewards
 from learner import Learner
 from nets import mode_onehot, unimix_probs
@@ -25,23 +24,21 @@ Features = Float[np.ndarray, "n F"]
 Signs = Float[np.ndarray, " n"]
 
 
-def played(
-    run_dir: Path, episodes: int
-) -> tuple[Config, tuple[Learner, ...], list[LevelPlay]]:
-    """Level 0's side of whole episodes."""
+def played(run_dir: Path, episodes: int) -> tuple[Learner, list[LevelPlay]]:
+    """Level 0 and its side of whole episodes."""
     config, learners = load_weights(run_dir)
     length = config.env.delay + 3
     found = [episode(config, learners, length, seed=s) for s in range(episodes)]
-    return config, learners, [one.levels[0] for one in found]
+    return learners[0], [one.levels[0] for one in found]
 
 
 def foreseen(run_dir: Path, episodes: int = 50) -> float:
     """Share of episodes whose reward has the sign predicted before its frame."""
-    _, learners, levels = played(run_dir, episodes)
+    learner, levels = played(run_dir, episodes)
     cue, said = [], []
     for level in levels:
         prior_z = mode_onehot(unimix_probs(level.latent.prior[-1:]))
-        r = predicted_rewards(learners[0], prior_z, level.latent.h[-1:])
+        r = predicted_rewards(learner, prior_z, level.latent.h[-1:])
         cue.append(np.sign(level.steps.reward[-1]))
         said.append(np.sign(r[0]))
     return balanced(np.array(said, float), np.array(cue, float))
@@ -73,7 +70,7 @@ def linear_probe(x: Features, y: Signs) -> float:
 
 def readable(run_dir: Path, episodes: int = 400) -> float:
     """`linear_probe` of the cue on the states one step before the reward."""
-    _, _, levels = played(run_dir, episodes)
+    _, levels = played(run_dir, episodes)
     x = np.stack([np.asarray(jax.device_get(level.latent.x[-2])) for level in levels])
     x = x.reshape(len(x), -1)
     x = np.concatenate([x.real, x.imag], 1) if np.iscomplexobj(x) else x

@@ -27,8 +27,9 @@ from matplotlib.ticker import LogLocator
 
 import atari
 import probes
+from config import UsageError
 from diagnose import STATES, Aim, OpenLoop, Pictures, aims, open_loop
-from game import UsageError, read_lines
+from game import read_lines
 from machine import keep_compiled
 from run import Run, load
 

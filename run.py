@@ -31,9 +31,9 @@ from agent import (
     over_seeds,
     update,
 )
-from config import Config, from_json
+from config import Config, UsageError, from_json
 from cost import flops, update_arguments
-from game import COUNTS, Game, UsageError, env_step, make_env
+from game import COUNTS, Game, env_step, make_env
 from hieros import init_state
 from learner import Learner
 from subactor import Subactor

@@ -34,7 +34,9 @@ from matplotlib.figure import Figure
 from numpy.random import Generator
 from scipy.stats import trim_mean
 
-REFERENCE = Path(__file__).parent / "data" / "atari100k_scores.csv"
+import atari
+from config import UsageError
+
 RETURN = "episode_return"  # the entry of metrics.jsonl with the return of an episode
 TAU = np.linspace(0.0, 8.0, 161)
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")
@@ -42,10 +44,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 Value = float | Float[np.ndarray, "..."]
 Matrix = Float[np.ndarray, "... G N"]
 Table = dict[str, dict[str, float]]
-
-
-class BadInput(Exception):
-    """One line that names the flag or folder and the remedy."""
 
 
 def human_normalised(score: Value, random: Value, human: Value) -> Value:
@@ -110,12 +108,6 @@ def estimate(
     return np.stack([point, *np.percentile(draws, [2.5, 97.5], axis=0)])  # (SC 7)
 
 
-def load_reference(path: Path = REFERENCE) -> Table:
-    """Game → column (random, human, papers) → score in game points; blank is NaN."""
-    rows = csv.DictReader(path.read_text().splitlines())
-    return {r.pop("game"): {k: float(v or "nan") for k, v in r.items()} for r in rows}
-
-
 class Run(NamedTuple):
     """One seed of an agent on one game; scores in game points, steps of 4 frames."""
 
@@ -130,7 +122,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path, kind: str) -> Run:
-    """From result.json (`kind` of score) and metrics.jsonl if any; else BadInput.
+    """From result.json (`kind` of score) and metrics.jsonl if any; else UsageError.
 
     evaluation.json of as many updates (evaluate.py checkpoint) stands above its own.
     """
@@ -148,20 +140,20 @@ def read_run(path: Path, kind: str) -> Run:
         return Run(str(x["game"]), int(x["seed"]), score, *budget, tuple(ends), *cost)
     except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         what = f"no usable result.json, metrics.jsonl ({error!r}); give finished runs"
-        raise BadInput(f"{path.parent}: {what}") from None
+        raise UsageError(f"{path.parent}: {what}") from None
 
 
 def read_agent(folders: list[Path], kind: str) -> list[Run]:
-    """Every run in or below the folders. BadInput if none, twice, or not comparable."""
+    """Every run in or below the folders. UsageError if none, twice, or not alike."""
     runs: dict[tuple, Run] = {}
     for folder in folders:
         for path in sorted(folder.rglob("result.json")) or [folder / "result.json"]:
             run = read_run(path, kind)
-            if run.game not in load_reference():
-                raise BadInput(f"{path}: no Atari100k game: {run.game}; leave it out")
+            if run.game not in atari.GAMES:
+                raise UsageError(f"{path}: no Atari100k game: {run.game}; leave it out")
             other = runs.get(run[:2]) or next(iter(runs.values()), run)
             if run[:2] in runs or run[3:5] != other[3:5]:
-                raise BadInput(f"{path}: {run[:5]} vs {other[:5]}: needs own --agent")
+                raise UsageError(f"{path}: {run[:5]} vs {other[:5]}: needs own --agent")
             runs[run[:2]] = run
     return list(runs.values())
 
@@ -314,7 +306,7 @@ def markdown(rows: list[list[str]]) -> str:
 def write(agents: dict[str, list[Run]], out: Path, header: dict[str, Any]) -> None:
     """table.md, table.csv, aggregates.csv, aggregates.json (NaN → null) with `header`
     in front; figures of every set of games that no agent misses one of."""
-    reference = load_reference()
+    reference = atari.scores()
     summary, rows = summarise(agents, reference), per_game_rows(agents, reference)
     tables = {"table": rows, "aggregates": aggregate_rows(summary)}
     out.mkdir(parents=True, exist_ok=True)

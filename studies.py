@@ -29,6 +29,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
@@ -37,8 +38,10 @@ from game import read_lines
 from instruments import goals_heeded
 from machine import commit
 from memory import MEASURES as MEMORY
+from report import series
 from train import parse
 
+Values = Float[np.ndarray, " n"]
 ROOT = Path(__file__).parent
 RUNS = Path("runs/studies")
 HEEDED = "policy moved by another goal"
@@ -262,10 +265,10 @@ def run_all(jobs: list[tuple[str, int]]) -> list[Path]:
         return [folder for folder in pool.map(with_core, jobs) if folder]
 
 
-def binned(steps: list[int], values: list[float], total: int) -> list[float | None]:
+def binned(steps: Values, values: Values, total: int) -> list[float | None]:
     """Means of what fell into each of `BINS` intervals of a run of `total` steps."""
-    index = np.minimum((np.array(steps, int) - 1) * BINS // total, BINS - 1)
-    parts = [np.array(values)[index == i] for i in range(BINS)]
+    index = np.minimum((steps - 1) * BINS // total, BINS - 1)
+    parts = [values[index == i] for i in range(BINS)]
     return [float(part.mean()) if len(part) else None for part in parts]
 
 
@@ -277,10 +280,7 @@ def read_run(study: Study, flags: str, seed: int) -> dict | None:
     result = json.loads((folder / "result.json").read_text())
     lines = read_lines(folder)
 
-    def curve(key: str) -> list[float | None]:
-        found = [(line["step"], line[key]) for line in lines if key in line]
-        return binned(*map(list, zip(*found, strict=True)), result["steps"])
-
+    curve = lambda key: binned(*series(lines, key).T, result["steps"])
     log = Path(f"{folder}.log").read_text(errors="replace").splitlines()
     commits = [x.split()[1] for x in log if x.startswith("commit ")]
     if study.measure == "eval score":
@@ -304,8 +304,6 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, math.nan, math.nan
-    if np.ptp(values) == 0:
-        return mean, mean, mean
     found = bootstrap((values,), np.mean, rng=0, method="percentile")
     low, high = found.confidence_interval
     return mean, float(low), float(high)
@@ -336,6 +334,8 @@ def draw_curves(axes: Axes, curves: dict[str, list], steps: int, ylabel: str) ->
             continue
         seeds = np.array(values, float)
         kept = ~np.isnan(seeds).all(0)
+        if not kept.any():
+            continue
         x = ((np.arange(BINS) + 0.5) * steps / BINS)[kept]
         bands = [interval(list(y[~np.isnan(y)])) for y in seeds[:, kept].T]
         mean, low, high = np.array(bands).T

@@ -28,10 +28,10 @@ import jax
 import tyro
 
 import atari
-from config import Config
+from config import Config, UsageError
 from cost import matmul_peak, update_flops
 from evaluate import duration
-from game import UsageError, make_env
+from game import make_env
 from train import FULL_FLOPS, MAY_CHANGE, by_name, parse
 from worker import Board, Died, Job, Store, ray, train_one
 

@@ -29,8 +29,8 @@ import minatar_env
 import probes
 import report
 from agent import precision_here
-from config import PRESETS, Config, out_of_bounds
-from game import GameError, UsageError
+from config import PRESETS, Config, UsageError, out_of_bounds
+from game import GameError
 from machine import hardware, keep_buffers, keep_compiled, keep_memory
 from run import Diverged, Run, evaluation, load_config
 
@@ -311,7 +311,7 @@ def finish(run: Run, stop: Stop) -> dict:
     train_score = float(np.mean(late)) if late else None
     eval_score = float(np.mean(scores)) if scores else None
     hns = None
-    if low is not None and high is not None and eval_score is not None:
+    if low is not None and eval_score is not None:
         hns = (eval_score - low) / (high - low)
     parameters = [
         sum(x.size for x in jax.tree.leaves(subactor))

@@ -47,13 +47,6 @@ def test_rewards_are_recognised_with_their_sign():
     assert instruments.detection(reward, np.zeros(6))["precision"] is None
 
 
-def test_realised_returns():
-    reward, discount = np.array([1, 0, 4.0]), np.array([0.5, 0.5, 0])
-    np.testing.assert_allclose(instruments.realised(reward, discount, 9), [2, 2, 4])
-    open_end = instruments.realised(reward, np.full(3, 0.5), 8.0)
-    np.testing.assert_allclose(open_end, [3, 4, 8])
-
-
 @pytest.mark.parametrize("over", [True, False])
 def test_a_critic_of_a_game_that_ends_or_is_cut(over):
     """Reward 1 for ever, γ = 1/2: worth 2; as the last of a game it is worth 1."""

@@ -35,7 +35,7 @@ def test_measures_look_at_what_was_known_before_the_reward(monkeypatch):
         )
         steps = SimpleNamespace(reward=np.array([0.0, cue]))
         levels.append(SimpleNamespace(steps=steps, latent=latent))
-    monkeypatch.setattr(memory, "played", lambda *_: (None, [None], levels))
+    monkeypatch.setattr(memory, "played", lambda *_: (None, levels))
     says = lambda learner, z, h: (z[:, 0, 1] - z[:, 0, 0]) * h[:, 0]
     monkeypatch.setattr(memory, "predicted_rewards", says)
     assert memory.readable(Path()) == memory.foreseen(Path()) == 1

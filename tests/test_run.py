@@ -18,7 +18,8 @@ import pytest
 import train
 from checkpoint import CheckpointError, write
 from config import TINY as SMALL
-from game import COUNTS, UsageError, make_env
+from config import UsageError
+from game import COUNTS, make_env
 from run import Run, evaluation, load_weights, save_weights, updates_by
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+import atari
 import scores
-from scores import BadInput, Run, estimate
+from config import UsageError
+from scores import Run, estimate
 
 ROOT = Path(scores.__file__).parent
-REFERENCE = scores.load_reference()
+REFERENCE = atari.scores()
 NAN = math.nan
 HAND = np.array([[0.0, 0.2, 0.4], [1.0, 1.0, 4.0], [0.5, 0.5, 0.8]])
 law = settings(deadline=None)
@@ -320,7 +322,7 @@ def test_folders_of_runs_are_searched(tmp_path):
 def test_runs_that_do_not_fit_are_refused(tmp_path, changes, words):
     write_run(tmp_path / "first", seed=0)
     write_run(tmp_path / "second", **{"seed": 1, **changes})
-    with pytest.raises(BadInput, match=words) as caught:
+    with pytest.raises(UsageError, match=words) as caught:
         scores.read_agent([tmp_path], "eval")
     assert "\n" not in str(caught.value)
 
@@ -333,7 +335,7 @@ def test_damaged_files_are_refused_or_harmless(tmp_path, name, text):
     if name == "metrics.jsonl" and text in ("", "[]", '{"game": "Pong"}'):
         assert scores.read_agent([tmp_path / "run"], "eval")[0].returns == ()
         return
-    with pytest.raises(BadInput, match=r"run: no usable .* give finished runs"):
+    with pytest.raises(UsageError, match=r"run: no usable .* give finished runs"):
         scores.read_agent([tmp_path / "run"], "eval")
 
 

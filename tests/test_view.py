@@ -20,10 +20,10 @@ from PIL import Image
 
 import view
 from agent import init_learners
-from config import TINY
+from config import TINY, UsageError
 from diagnose import decode_down
 from dreams import levels_of
-from game import UsageError, make_env
+from game import make_env
 from nets import symexp
 from play import episode as let_play
 from run import load_weights, save_weights
