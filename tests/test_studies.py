@@ -73,6 +73,8 @@ def test_numbers_of_a_run_by_hand(runs):
     assert found["curve"][:4] == [1.0, 3.0, 5.0, None]
     assert found["losses"]["kl"][19] == 0.25 and found["losses"]["kl"].count(None) == 39
     assert studies.read_run(Study({}, {}), "--game catch", 0) is None
+    finish("--game catch", 3, 0.5, returns=())  # no episode ended
+    assert set(studies.read_run(Study({}, {}), "--game catch", 3)["curve"]) == {None}
 
 
 @pytest.mark.parametrize("measure", studies.MEASURES)
@@ -130,7 +132,9 @@ def test_a_report_shows_what_is_missing_and_starts_nothing(
 def test_figures_say_their_numbers():
     axes = Figure().subplots()
     values = [[0.0, None] + [1.0] * 38, [2.0, None] + [3.0] * 38]
-    studies.draw_curves(axes, {"a": values, "none": []}, 400, "return")
+    studies.draw_curves(
+        axes, {"a": values, "none": [], "no episode": [[None] * 40]}, 400, "return"
+    )
     (line,) = axes.get_lines()
     x, y = line.get_data()
     assert len(x) == 39 and (x[0], x[1]) == (5.0, 25.0)
