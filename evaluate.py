@@ -258,11 +258,11 @@ def random(
     command = f"python evaluate.py random --episodes {episodes}"
     raw = header(command, [0], 0.0, here) | {"cores": 1, "episodes": episodes} | raw
     played = raw.setdefault("played", {protocol: {} for protocol in PROTOCOLS})
+    literature = {game: row["random"] for game, row in atari.scores().items()}
+    open_ = lambda game: verdict(played, game, literature[game]) == "unexplained"
     for protocol, options in PROTOCOLS.items():
         for game in tqdm(names, desc=protocol, unit="game"):
-            theirs = atari.scores()[game]["random"]
-            known = bool(options) and verdict(played, game, theirs) != "unexplained"
-            if known or game in played[protocol]:
+            if game in played[protocol] or (options and not open_(game)):
                 continue
             began = time.monotonic()
             played[protocol][game] = chance(game, episodes, **options)

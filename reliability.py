@@ -149,7 +149,7 @@ def kills(count: int = 20) -> dict:
         def one(name):
             folder = Path(temporary, f"{list(SCENARIOS).index(name)}-{rounds}")
             share = min(10, -(-(count - sum(survived.values())) // len(SCENARIOS)))
-            killed = kill_until_done(name, folder, share, f"0 {rounds} {name}")
+            killed = kill_until_done(name, folder, share, f"{rounds} {name}")
             if contents(folder) != whole[name]:
                 found = contents(folder).items() ^ whole[name].items()
                 raise RuntimeError(f"{name}, {killed} kills: another run, {found}")

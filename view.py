@@ -281,15 +281,11 @@ def clocks(
     return found | {"column": column, "told": told, "goal": goal}
 
 
-def branches(
-    level: Level, A: int, values: int, sheets: dict[str, Any]
-) -> dict[str, Any]:
-    """Trees of chosen actions from a few start states, as deep as there is room.
-
-    `values` are the numbers of one picture.
-    """
+def branches(level: Level, A: int, sheets: dict[str, Any]) -> dict[str, Any]:
+    """Trees of level 0's actions from a few start states, as deep as there is room."""
     nodes = lambda depth: sum(A**j for j in range(depth + 1))
-    most, at = min(BRANCH_NODES, BRANCH_VALUES // values), level.lived.at
+    values, at = level.lived.steps.obs[0].size, level.lived.at
+    most = min(BRANCH_NODES, BRANCH_VALUES // values)
     depth = max([d for d in range(1, 6) if nodes(d) <= most], default=1)
     rows = np.linspace(0, max(0, len(at) - 2), BRANCH_STARTS).astype(int)
     z, h, *numbers = level.tree(rows, A, depth, REPEAT)
@@ -316,9 +312,7 @@ def contents(
     if episode.frames.shape != episode.obs.shape:
         sheets["screen"] = sheet(episode.frames, 64, 8)
     panels, hands = [figures(levels, i, sheets) for i in range(len(levels))], []
-    trees = (
-        branches(levels[0], len(names), episode.obs[0].size, sheets) if human else None
-    )
+    trees = branches(levels[0], len(names), sheets) if human else None
     for i, level in reversed([*enumerate(levels)]):
         used = sum(len(src) for x in sheets.values() for src in x["src"])
         room, fixed = (PICTURE_BYTES - used) / (i + 1), names * (i == 0)

@@ -249,9 +249,8 @@ def test_scores_and_names():
     table = atari.scores()
     assert len(atari.GAMES) == len(set(atari.GAMES)) == 26
     assert table["Pong"]["random"] == -20.7 and table["Krull"]["human"] == 2665.5
-    assert table["UpNDown"]["random"] == 533.4 and math.isnan(
-        table["UpNDown"]["Hieros"]
-    )
+    assert table["UpNDown"]["random"] == 533.4
+    assert math.isnan(table["UpNDown"]["Hieros"])
     assert atari.make("pong", seed=0).game == "Pong"
 
 

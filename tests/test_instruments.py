@@ -47,6 +47,13 @@ def test_rewards_are_recognised_with_their_sign():
     assert instruments.detection(reward, np.zeros(6))["precision"] is None
 
 
+def test_realised_returns():
+    reward, value, on = np.array([1, 0, 4.0, 9]), np.full(4, 8.0), np.zeros(4, bool)
+    for discount, came in (([0.5, 0.5, 0, 0.5], [2, 2, 4]), ([0.5] * 4, [3, 4, 8])):
+        found = instruments.critic(reward, value, np.array(discount), on, 0.95)
+        np.testing.assert_allclose(found["came"], came)
+
+
 @pytest.mark.parametrize("over", [True, False])
 def test_a_critic_of_a_game_that_ends_or_is_cut(over):
     """Reward 1 for ever, γ = 1/2: worth 2; as the last of a game it is worth 1."""
