@@ -44,7 +44,7 @@ from machine import commit, keep_compiled
 from minatar_env import MinAtar
 from minatar_env import make as make_minatar
 from report import to_rgb
-from run import Episode, evaluation, load_weights, place_of
+from run import Recording, evaluation, load_weights, place_of
 from scores import markdown, read_agent, write
 from studies import interval, shown
 
@@ -66,16 +66,16 @@ RunDirs = tyro.conf.Positional[tuple[Path, ...]]
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
-def screen(env: gymnasium.Env, obs: UInt8[np.ndarray, "h w c"]) -> Picture:
+def picture(env: gymnasium.Env, obs: UInt8[np.ndarray, "h w c"]) -> Picture:
     """Atari as its console draws it; pixels of other games enlarged."""
     if isinstance(env, atari.Atari):
         return env.screens.max(axis=0)
-    picture = (255 * to_rgb(obs / 255)).round().astype(np.uint8)
-    times = -(-160 // len(picture))
-    return picture.repeat(times, 0).repeat(times, 1)
+    pixels = (255 * to_rgb(obs / 255)).round().astype(np.uint8)
+    times = -(-160 // len(pixels))
+    return pixels.repeat(times, 0).repeat(times, 1)
 
 
-def pictures(config: Config, episode: Episode) -> Iterator[Picture]:
+def pictures(config: Config, episode: Recording) -> Iterator[Picture]:
     """The episode once more, in colour whatever the agent sees."""
     env = make_env(replace(config, env=replace(config.env, gray=False)), 0)
     env.set_state(episode.start)
@@ -83,7 +83,7 @@ def pictures(config: Config, episode: Episode) -> Iterator[Picture]:
     for step, action in enumerate(episode.actions, 1):
         obs = env.step(action)[0]
         if step % every == 0 or step == len(episode.actions):
-            yield screen(env, obs)
+            yield picture(env, obs)
 
 
 def write_video(path: Path, frames: Iterator[Picture]) -> None:

@@ -382,7 +382,7 @@ def updates_by(config: Config, level: int, steps: int) -> int:
     return int(max(0, steps - begin) * config.updates_per_step / stride)
 
 
-class Episode(NamedTuple):
+class Recording(NamedTuple):
     """What it takes to see an episode of the evaluation again."""
 
     score: float
@@ -390,7 +390,7 @@ class Episode(NamedTuple):
     actions: list[int]
 
 
-def evaluation(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Episode]:
+def evaluation(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Recording]:
     """Episodes of the trained policy, sampled, with a state of its own, without end.
 
     Nothing is remembered and no counter of the run moves.
@@ -416,7 +416,7 @@ def evaluation(config: Config, subactors: tuple[Subactor, ...]) -> Iterator[Epis
             obs, reward, terminated, truncated, _ = env.step(actions[-1])
             total += float(reward)
             seen = env_step(obs, reward, last=terminated or truncated)
-        yield Episode(total, start, actions)
+        yield Recording(total, start, actions)
 
 
 def place_of(path: Path) -> Path:

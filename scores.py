@@ -108,7 +108,7 @@ def estimate(
     return np.stack([point, *np.percentile(draws, [2.5, 97.5], axis=0)])  # (SC 7)
 
 
-class Run(NamedTuple):
+class Result(NamedTuple):
     """One seed of an agent on one game; scores in game points, steps of 4 frames."""
 
     game: str
@@ -121,7 +121,7 @@ class Run(NamedTuple):
     wall_seconds: float = math.nan
 
 
-def read_run(path: Path, kind: str) -> Run:
+def read_result(path: Path, kind: str) -> Result:
     """From result.json (`kind` of score) and metrics.jsonl if any; else UsageError.
 
     evaluation.json of as many updates (evaluate.py checkpoint) stands above its own.
@@ -137,18 +137,20 @@ def read_run(path: Path, kind: str) -> Run:
         score = math.nan if x[f"{kind}_score"] is None else float(x[f"{kind}_score"])
         budget = str(x["preset"]), int(x["steps"])
         cost = x.get("hardware", "not stated"), float(x.get("wall_seconds", "nan"))
-        return Run(str(x["game"]), int(x["seed"]), score, *budget, tuple(ends), *cost)
+        return Result(
+            str(x["game"]), int(x["seed"]), score, *budget, tuple(ends), *cost
+        )
     except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         what = f"no usable result.json, metrics.jsonl ({error!r}); give finished runs"
         raise UsageError(f"{path.parent}: {what}") from None
 
 
-def read_agent(folders: list[Path], kind: str) -> list[Run]:
+def read_agent(folders: list[Path], kind: str) -> list[Result]:
     """Every run in or below the folders. UsageError if none, twice, or not alike."""
-    runs: dict[tuple, Run] = {}
+    runs: dict[tuple, Result] = {}
     for folder in folders:
         for path in sorted(folder.rglob("result.json")) or [folder / "result.json"]:
-            run = read_run(path, kind)
+            run = read_result(path, kind)
             if run.game not in atari.GAMES:
                 raise UsageError(f"{path}: no Atari100k game: {run.game}; leave it out")
             other = runs.get(run[:2]) or next(iter(runs.values()), run)
@@ -158,7 +160,7 @@ def read_agent(folders: list[Path], kind: str) -> list[Run]:
     return list(runs.values())
 
 
-def as_of(run: Run, tenth: int) -> Run:
+def as_of(run: Result, tenth: int) -> Result:
     """With its train score after some tenths of the budget; NaN if none yet. (SC 8)"""
     ended = [(at, x) for at, x in run.returns if at <= run.steps * tenth / 10]
     window = [x for at, x in ended if at > run.steps * (tenth - 1) / 10]  # (SC 8)
@@ -166,7 +168,7 @@ def as_of(run: Run, tenth: int) -> Run:
     return run._replace(score=float(score))
 
 
-def hns_matrix(runs: list[Run], reference: Table) -> Float[np.ndarray, "G N"]:
+def hns_matrix(runs: list[Result], reference: Table) -> Float[np.ndarray, "G N"]:
     """Rows as the reference's games, seeds ascending, NaN missing."""
     games, seeds = list(reference), sorted({run.seed for run in runs})
     matrix = np.full((len(games), len(seeds)), np.nan)
@@ -177,7 +179,7 @@ def hns_matrix(runs: list[Run], reference: Table) -> Float[np.ndarray, "G N"]:
     return matrix
 
 
-def summarise(agents: dict[str, list[Run]], reference: Table) -> dict[str, Any]:
+def summarise(agents: dict[str, list[Result]], reference: Table) -> dict[str, Any]:
     """Every statistic per set of games, as `estimate` gives it; HNS as fractions.
 
     {set: {"games": [...], "rows": {agent or paper: {each of AGGREGATES, "profile" at
@@ -186,7 +188,7 @@ def summarise(agents: dict[str, list[Run]], reference: Table) -> dict[str, Any]:
     """
     names, summary, papers = np.array(list(reference)), {}, {}
     for column in list(reference[names[0]])[2:]:
-        means = [Run(game, 0, row[column]) for game, row in reference.items()]
+        means = [Result(game, 0, row[column]) for game, row in reference.items()]
         papers[f"{column} (paper)"] = means
     hns = {x: hns_matrix(runs, reference) for x, runs in (agents | papers).items()}
     played = np.all([~np.isnan(hns[name]).all(-1) for name in agents], axis=0)
@@ -219,7 +221,7 @@ def show(point: float, low: float = math.nan, high: float = math.nan) -> str:
     return "missing" if math.isnan(point) else f"{point:.1f}{interval}"
 
 
-def per_game_rows(agents: dict[str, list[Run]], reference: Table) -> list[list[str]]:
+def per_game_rows(agents: dict[str, list[Result]], reference: Table) -> list[list[str]]:
     """Header, then a row per game: the reference's columns, then three per agent."""
     head = [f"{name}{x}" for name in agents for x in ("", " HNS %", " seeds")]
     rows = [["game", *next(iter(reference.values())), *head]]
@@ -303,7 +305,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "".join(lines)
 
 
-def write(agents: dict[str, list[Run]], out: Path, header: dict[str, Any]) -> None:
+def write(agents: dict[str, list[Result]], out: Path, header: dict[str, Any]) -> None:
     """table.md, table.csv, aggregates.csv, aggregates.json (NaN → null) with `header`
     in front; figures of every set of games that no agent misses one of."""
     reference = atari.scores()

@@ -21,7 +21,7 @@ import scores
 import train
 from agent import init_learners
 from config import TINY, UsageError
-from evaluate import HEADER, PROTOCOLS, Episode
+from evaluate import HEADER, PROTOCOLS, Recording
 from game import make_env
 
 ROOT = Path(evaluate.__file__).parent
@@ -139,8 +139,8 @@ def test_an_evaluation_stands_above_the_score_of_the_run(tmp_path):
         later.write_text(json.dumps({"eval_score": 7.0, "updates": updates}))
         finished = json.loads(result.read_text()) | {"updates": [40]}
         result.write_text(json.dumps(finished))
-        assert scores.read_run(result, "eval").score == score
-        assert scores.read_run(result, "train").score == -3
+        assert scores.read_result(result, "eval").score == score
+        assert scores.read_result(result, "train").score == -3
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def breakout():
         actions.append(int(rng.integers(env.action_space.n)))
         over = any(env.step(actions[-1])[2:4])
         shown.append(env.screens.max(axis=0).copy())
-    return config, Episode(0.0, start, actions), shown
+    return config, Recording(0.0, start, actions), shown
 
 
 def test_videos_show_the_consoles_own_colours(breakout, tmp_path):
@@ -328,4 +328,4 @@ def test_the_published_row_is_there_once_its_raw_file_is(tmp_path):
 
 def test_shape_checks_are_live():
     with pytest.raises(TypeCheckError):
-        evaluate.screen(make_env(TINY, 0), np.zeros((3, 3)))
+        evaluate.picture(make_env(TINY, 0), np.zeros((3, 3)))

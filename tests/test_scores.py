@@ -17,7 +17,7 @@ from jaxtyping import TypeCheckError
 import atari
 import scores
 from config import UsageError
-from scores import Run, estimate
+from scores import Result, estimate
 
 ROOT = Path(scores.__file__).parent
 REFERENCE = atari.scores()
@@ -56,8 +56,11 @@ def write_run(folder: Path, game="Pong", seed=0, score=1.0, returns=(), **change
 @pytest.fixture(scope="module")
 def summary():
     """Of one agent whose runs are unequal: Pong 2 of 2 seeds, Boxing 1 of 2."""
-    runs = [Run("Pong", 0, 14.6, "tiny", 100, ((50, -20.7),))]
-    runs += [Run("Pong", 1, -20.7, "tiny", 100), Run("Boxing", 1, 12.1, "tiny", 100)]
+    runs = [Result("Pong", 0, 14.6, "tiny", 100, ((50, -20.7),))]
+    runs += [
+        Result("Pong", 1, -20.7, "tiny", 100),
+        Result("Boxing", 1, 12.1, "tiny", 100),
+    ]
     return scores.summarise({"ours": runs}, REFERENCE)
 
 
@@ -173,14 +176,14 @@ def test_estimate_is_seeded():
 
 def test_train_score_as_it_stood():
     """Tenths of a budget of 100: a window is open below and closed above."""
-    run = Run("Pong", 0, 9.0, "tiny", 100, ((20, 1.0), (21, 2.0), (30, 4.0)))
+    run = Result("Pong", 0, 9.0, "tiny", 100, ((20, 1.0), (21, 2.0), (30, 4.0)))
     now = [scores.as_of(run, tenth).score for tenth in (1, 2, 3, 4, 10)]
     assert math.isnan(now[0])
     assert now[1:] == [1.0, 3.0, 4.0, 4.0]
 
 
 def test_hns_matrix_keeps_missing_runs_missing():
-    runs = [Run("Pong", 3, 14.6), Run("Pong", 7, -20.7), Run("Boxing", 7, NAN)]
+    runs = [Result("Pong", 3, 14.6), Result("Pong", 7, -20.7), Result("Boxing", 7, NAN)]
     hns = scores.hns_matrix(runs, REFERENCE)
     assert hns.shape == (26, 2)
     pong = list(REFERENCE).index("Pong")
@@ -275,7 +278,7 @@ def test_summary_says_what_is_missing(summary):
 
 
 def test_played_stands_only_for_a_set_of_its_own():
-    runs = [Run(game, 0, 1.0, "tiny", 100) for game in REFERENCE]
+    runs = [Result(game, 0, 1.0, "tiny", 100) for game in REFERENCE]
     assert list(scores.summarise({"ours": runs}, REFERENCE)) == ["25", "26"]
     apart = {"a": runs[:1], "b": runs[1:2]}
     assert list(scores.summarise(apart, REFERENCE)) == ["25", "26"]
@@ -286,7 +289,7 @@ def test_curve_ends_at_the_iqm_of_train_scores():
     runs = []
     for seed, last in enumerate((14.6, 14.6, 14.6, 500.0)):
         ends = ((40, -20.7), (95, last), (100, last))
-        runs.append(Run("Pong", seed, 0.0, "tiny", 100, ends))
+        runs.append(Result("Pong", seed, 0.0, "tiny", 100, ends))
     row = scores.summarise({"ours": runs}, REFERENCE)["played"]["rows"]["ours"]
     expected = [NAN] * 3 + [0.0] * 6 + [1.0]
     np.testing.assert_allclose(row["curve"][0], expected, atol=1e-12)
@@ -295,8 +298,8 @@ def test_curve_ends_at_the_iqm_of_train_scores():
 
 def test_train_scores_on_demand(tmp_path):
     write_run(tmp_path / "run", score=5.0, train_score=-3.0)
-    assert scores.read_run(tmp_path / "run/result.json", "eval").score == 5
-    assert scores.read_run(tmp_path / "run/result.json", "train").score == -3
+    assert scores.read_result(tmp_path / "run/result.json", "eval").score == 5
+    assert scores.read_result(tmp_path / "run/result.json", "train").score == -3
 
 
 def test_folders_of_runs_are_searched(tmp_path):

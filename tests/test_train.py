@@ -19,7 +19,7 @@ import checkpoint
 import game
 import train
 from config import PRESETS, Config
-from run import Diverged, Episode, Run, load_config
+from run import Diverged, Recording, Run, load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--steps", "72", "--checkpoint-every", "24"]
@@ -195,7 +195,7 @@ def test_scores_of_a_finished_run_by_hand(tmp_path, monkeypatch, returns, train_
     run = bare(Run, config=config, agent=agent, games=games, folder=tmp_path, step=100)
     run.seconds, run.updates = 61.04, [9]
     stop = bare(train.Stop, asked=False)
-    played = iter([Episode(x, {}, []) for x in (-20.7, 14.6, 99.0)])
+    played = iter([Recording(x, {}, []) for x in (-20.7, 14.6, 99.0)])
     monkeypatch.setattr(train, "evaluation", lambda *_: played)
     monkeypatch.setattr(train.report, "draw", lambda run: [])
     result = train.finish(run, stop)
@@ -321,7 +321,7 @@ def test_an_interrupted_evaluation_leaves_no_result(tmp_path, monkeypatch):
     agent, games = SimpleNamespace(subactors=()), [bare(game.Game, returns=[])]
     run = bare(Run, config=config, folder=tmp_path, agent=agent, games=games)
     stop = bare(train.Stop, asked=True)
-    played = [Episode(1.0, {}, [])] * 2
+    played = [Recording(1.0, {}, [])] * 2
     monkeypatch.setattr(train, "evaluation", lambda *_: iter(played))
     with pytest.raises(train.Interrupted):
         train.finish(run, stop)
