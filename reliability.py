@@ -148,7 +148,6 @@ def kills(count: int = 20) -> dict:
 
         def one(name):
             folder = Path(temporary, f"{list(SCENARIOS).index(name)}-{rounds}")
-            share = min(10, -(-(count - sum(survived.values())) // len(SCENARIOS)))
             killed = kill_until_done(name, folder, share, f"{rounds} {name}")
             if contents(folder) != whole[name]:
                 found = contents(folder).items() ^ whole[name].items()
@@ -156,7 +155,8 @@ def kills(count: int = 20) -> dict:
             shutil.rmtree(folder)
             return name, killed
 
-        while sum(survived.values()) < count:
+        while (missing := count - sum(survived.values())) > 0:
+            share = min(10, -(-missing // len(SCENARIOS)))
             with ThreadPoolExecutor(2) as pool:
                 for name, killed in pool.map(one, SCENARIOS):
                     survived[name] += killed

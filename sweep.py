@@ -86,14 +86,22 @@ def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Job, Config]]:
     arms = dict(text.partition("=")[::2] for text in sweep.arm) or {"": ""}
     if len(arms) < len(sweep.arm) or ("" in arms) == bool(sweep.arm):
         raise UsageError('--arm: give NAME="FLAGS of train.py", each NAME once')
-    if sweep.seeds < 1:
-        raise UsageError(f"--seeds {sweep.seeds} is not possible: give 1 or more")
+    least = {"seeds": 1, "retries": 0, "cpus_per_run": 0, "gpus_per_run": 0}
+    for name, low in least.items():
+        if (value := getattr(sweep, name)) is not None and value < low:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UsageError(f"{flag} is not possible: give {low} or more")
+    if sweep.tflops is not None and sweep.tflops <= 0:
+        raise UsageError(f"--tflops {sweep.tflops} is not possible: give more than 0")
     names = {name.lower(): name for name in atari.GAMES}
     games = atari.GAMES if sweep.games == ("all",) else sweep.games
     games = tuple(dict.fromkeys(names.get(game.lower(), game) for game in games))
     jobs = []
     for seed, (arm, own), game in product(range(sweep.seeds), arms.items(), games):
-        words = [*flags, *shlex.split(own), "--game", game, "--seed", str(seed)]
+        try:
+            words = [*flags, *shlex.split(own), "--game", game, "--seed", str(seed)]
+        except ValueError as problem:
+            raise UsageError(f"--arm {arm}={own}: {problem}") from None
         if "--preset" not in by_name(words) and sweep.gpus and game in atari.GAMES:
             words += ["--preset", "atari100k"]
         config = parse(words)
@@ -104,6 +112,14 @@ def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Job, Config]]:
         name = f"{arm}/{game.replace('/', '-')}-{seed}".removeprefix("/")
         jobs.append((Job(name, tuple(words), config.steps), config))
     return jobs
+
+
+def opened(place: str) -> Store:
+    """The shared place. Raises UsageError where fsspec knows none of that kind."""
+    try:
+        return Store(place)
+    except (ValueError, ImportError) as problem:
+        raise UsageError(f"--out {place}: {problem}") from None
 
 
 def check_done(jobs: list[tuple[Job, Config]], store: Store) -> None:
@@ -201,13 +217,19 @@ def display(text: str, before: int) -> int:
 
 
 def run_all(jobs: list[Job], sweep: Sweep) -> dict[str, str]:
-    """Runs the jobs and shows how they do; returns what became of each."""
+    """Runs the jobs and shows how they do; returns what became of each.
+
+    Raises UsageError where no cluster answers.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     kind: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 10**8}
     if sweep.address:
         excludes = ["runs", "results", "notebooks", "tests"]
         kind = {"runtime_env": {"working_dir": str(ROOT), "excludes": excludes}}
-    ray.init(sweep.address, log_to_driver=False, logging_level="ERROR", **kind)
+    try:
+        ray.init(sweep.address, log_to_driver=False, logging_level="ERROR", **kind)
+    except ConnectionError as problem:
+        raise UsageError(f"--address {sweep.address}: {problem}") from None
     try:
         node = ray.get_runtime_context().get_node_id()
         strategies = ray.util.scheduling_strategies
@@ -260,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     sweep = tyro.cli(Sweep, args=argv[:split])
     jax.config.update("jax_platforms", "cpu")  # this process needs no GPU
     try:
-        jobs, store = plan(sweep, argv[split + 1 :]), Store(sweep.place)
+        jobs, store = plan(sweep, argv[split + 1 :]), opened(sweep.place)
         check_done(jobs, store)
     except UsageError as problem:
         print(f"sweep.py: {problem}", file=sys.stderr)
@@ -274,6 +296,9 @@ def main(argv: list[str] | None = None) -> int:
         ended = run_all(todo, sweep) if todo else {}
     except KeyboardInterrupt:
         return 130
+    except UsageError as problem:
+        print(f"sweep.py: {problem}", file=sys.stderr)
+        return 2
     bad = {name: end for name, end in ended.items() if end not in ("done", "stopped")}
     for name, end in bad.items():
         print(f"sweep.py: {name}: {end}", file=sys.stderr)

@@ -9,7 +9,9 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from os import terminal_size as Size
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jaxtyping import TypeCheckError
@@ -32,8 +34,8 @@ CPU = Sweep(games=("catch",), seeds=1, gpus_per_run=0.0)
 
 def test_plan_is_games_by_seeds_by_arms():
     arms = ("flat=--levels 1", "deep=--levels 3 --tau 0.5")
-    wanted = replace(CPU, games=("pong", "minatar/breakout"), seeds=2, arm=arms)
-    jobs = plan(wanted, ["--steps", "77", "--prefill", "0"])
+    wanted = replace(CPU, games=("pong", "Pong", "minatar/breakout"), seeds=2, arm=arms)
+    jobs = plan(wanted, ["--steps", "77", "--prefill", "0", "--levels", "2"])
     names = [job.name for job, _ in jobs]
     assert len(names) == len(set(names)) == 8
     assert {"flat/Pong-0", "deep/minatar-breakout-1"} <= set(names)
@@ -60,6 +62,11 @@ def test_all_games_and_the_preset_that_suits_the_machine():
         ("--seeds 0", "--seeds 0 is not possible: give 1 or more"),
         ("--arm =x", "--arm: give NAME="),
         ("--arm a=x --arm a=y", "each NAME once"),
+        ("--retries -1", "--retries -1 is not possible: give 0 or more"),
+        ("--gpus-per-run -1", "--gpus-per-run -1.0 is not possible: give 0"),
+        ("--tflops 0", "--tflops 0.0 is not possible: give more than 0"),
+        ("--arm a='1", "--arm a='1: No closing quotation"),
+        ("--games catch --out no://y", "--out no://y: Protocol not known: no"),
         ("-- --tau 2", "--tau 2.0 is not possible"),
         ("--arm a=--levels=9", "--levels 9 is not possible"),
         ("-- --seeds 2", "--seeds of train.py: give that of sweep.py, before --"),
@@ -72,6 +79,22 @@ def test_bad_input_is_one_line_before_anything_starts(argv, says, capsys):
     assert not ray.is_initialized()
 
 
+def test_a_cluster_that_does_not_answer_is_bad_input(tmp_path, monkeypatch, capsys):
+    def absent(*_, **__):
+        raise ConnectionError("Could not find any running Ray.")
+
+    monkeypatch.setattr(ray, "init", absent)
+    argv = ["--games", "catch", "--address", "auto", "--out", str(tmp_path)]
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error == "sweep.py: --address auto: Could not find any running Ray.\n"
+
+
+def test_workers_in_other_folders_are_given_the_same_place():
+    assert replace(CPU, out="runs/x").place == str(Path.cwd() / "runs/x")
+    assert replace(CPU, out="s3://bucket/x").place == "s3://bucket/x"
+
+
 def test_a_preset_is_recognised_in_every_form():
     on_gpus = plan(replace(CPU, games=("Pong",), gpus_per_run=1.0), ["--preset=cpu"])
     assert on_gpus[0][1].preset == "cpu" and "atari100k" not in on_gpus[0][0].flags
@@ -82,7 +105,8 @@ def test_runs_of_other_flags_are_not_taken_for_done(tmp_path, capsys):
     ((job, config),) = plan(CPU, ["--levels", "1"])
     folder = tmp_path / job.name
     folder.mkdir()
-    saved = json.dumps(asdict(replace(config, run_dir=str(folder))))
+    may_differ = {"run_dir": str(folder), "eval_episodes": config.eval_episodes + 1}
+    saved = json.dumps(asdict(replace(config, **may_differ)))
     (folder / "config.json").write_text(saved)
     (folder / "result.json").write_text('{"wall_seconds": 60}')
     assert sweep.main([*argv.split(), "--", "--levels", "1"]) == 0
@@ -94,9 +118,10 @@ def test_runs_of_other_flags_are_not_taken_for_done(tmp_path, capsys):
 def test_dry_run_says_what_is_missing_and_where_its_hours_come_from(
     tmp_path, capsys, monkeypatch
 ):
-    """Of two arms one has a finished run of 36 s: its other seed is as long."""
+    """Of two arms one has a finished run of 36 s: its other runs are as long."""
     monkeypatch.setattr(sweep, "update_flops", lambda *_: [1e6, 1e6])
-    argv = ["--games", "catch", "--seeds", "2", "--out", str(tmp_path), "--dry-run"]
+    argv = ["--games", "catch", "recall", "--seeds", "2", "--out", str(tmp_path)]
+    argv += ["--dry-run"]
     argv += ["--arm", "a=--levels 1", "--arm", "b=--levels 2", "--tflops", "1e-6"]
     (tmp_path / "a/catch-0").mkdir(parents=True)
     (tmp_path / "a/catch-0/result.json").write_text('{"wall_seconds": 36}')
@@ -104,13 +129,21 @@ def test_dry_run_says_what_is_missing_and_where_its_hours_come_from(
     *lines, end = capsys.readouterr().out.splitlines()
     by = {line.split()[0]: line for line in lines}
     assert by["a/catch-0"].endswith("100 steps: done")
-    assert by["a/catch-1"].endswith("0.01 h, by a finished run: measured")
+    for alike in ("a/catch-1", "a/recall-1"):
+        assert by[alike].endswith("0.01 h, by a finished run: measured")
     other, same = (by[f"b/catch-{seed}"].split(": ")[1] for seed in (0, 1))
     assert other == same and other.endswith(" h, by --tflops 1e-06")
-    total = 0.01 + 2 * float(other.split()[0])
-    assert re.match(r"3 of 4 runs to do: .* hours on CPU", end)
+    total = 3 * 0.01 + 4 * float(other.split()[0])
+    assert re.match(r"7 of 8 runs to do: .* hours on CPU", end)
     assert float(end.split(": ")[1].split()[0]) == pytest.approx(total, rel=0.05)
     assert not ray.is_initialized()
+
+
+def test_gpu_hours_count_the_share_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "hours", lambda *_: (3.0, "hand"))
+    half = replace(CPU, seeds=2, gpus_per_run=0.5)
+    said = sweep.estimate(plan(half, []), sweep.Store(str(tmp_path)), half)
+    assert said.endswith("\n2 of 2 runs to do: 3 GPU-hours at 0.5 GPU each")
 
 
 def test_hours_are_flops_over_speed(monkeypatch):
@@ -124,6 +157,7 @@ def test_hours_are_flops_over_speed(monkeypatch):
     hours, why = sweep.hours(full, replace(CPU, gpus_per_run=1.0))
     assert hours == pytest.approx(14) and "the paper's 14 h" in why
     assert sweep.hours(full, replace(CPU, gpus_per_run=0.25))[0] == pytest.approx(56)
+    assert sweep.hours(full, replace(CPU, gpus_per_run=2.0))[0] == pytest.approx(14)
     monkeypatch.setattr(sweep, "matmul_peak", lambda: train.FULL_FLOPS)
     hours, why = sweep.hours(full, CPU)
     assert hours == pytest.approx(100_000 / 3600) and "lower bound" in why
@@ -144,6 +178,71 @@ def test_table_by_hand():
     assert cells[2] == ["c", "done", "1000/1000", "20"]
     counts = "4 runs: 1 waiting, 1 training, 1 done, 1 starting; about 21.7 min left"
     assert end == counts  # 2,600 steps at 2 per second
+
+
+def test_a_terminal_shows_the_newest_table_alone(monkeypatch, capsys):
+    """Eight lines on a screen of six: the first and the sum; then two over the four."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda: Size((80, 6)))
+    assert sweep.display("a\nb\nc\nd\ne\nf\ng\nsum", 0) == 4
+    assert sweep.display("a\nsum", 4) == 2
+    assert capsys.readouterr().out == "a\nb\nc\nsum\n\x1b[4F\x1b[Ja\nsum\n"
+
+
+class ScriptedRay:
+    """Each wait interrupts or lets tasks end; a task's end is its name or an error."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, *waits):
+        self.waits, self.asked = iter(waits), []
+        self.read = SimpleNamespace(remote=lambda go_on: self.asked.append(go_on) or {})
+
+    def wait(self, *_, **__):
+        if (ended := next(self.waits)) is None:
+            raise KeyboardInterrupt
+        return ended, []
+
+    def get(self, found):
+        if found == "lost":
+            raise ray.exceptions.RayError("Traceback:\n  File\nDied: exit code 1\n")
+        return found
+
+
+def test_tasks_end_badly_or_are_asked_to(monkeypatch, capsys):
+    board = ScriptedRay([], None, ["not finite: see x.log"], ["lost"])
+    monkeypatch.setattr(sweep, "ray", board)
+    waiting = {"not finite: see x.log": "a", "lost": "b"}
+    ended = sweep.follow([Job("a", (), 9), Job("b", (), 9)], dict(waiting), board)
+    assert ended == {"a": "not finite: see x.log", "b": "Died: exit code 1"}
+    assert board.asked == [True, False, False]
+    text = capsys.readouterr().out
+    assert "stopping: every run saves a checkpoint first" in text
+    assert text.endswith("2 runs: 1 not finite, 1 Died\n")
+    twice = ScriptedRay(None, None)
+    monkeypatch.setattr(sweep, "ray", twice)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.follow([Job("a", (), 9)], {"lost": "a"}, twice)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("done", 0), ("stopped", 130), ("not finite: see x.log", 1), (None, 130)],
+)
+def test_exit_codes_of_a_sweep(tmp_path, monkeypatch, capsys, end, code):
+    def run_all(jobs, _):
+        if end is None:
+            raise KeyboardInterrupt
+        return {jobs[0].name: "done", jobs[1].name: end}
+
+    monkeypatch.setattr(sweep, "run_all", run_all)
+    argv = ["--games", "catch", "--seeds", "2", "--out", str(tmp_path)]
+    assert sweep.main(argv) == code
+    found = capsys.readouterr()
+    failed = f"sweep.py: catch-1: {end}\n" if code == 1 else ""
+    assert found.err == failed
+    remedy = "the same command goes on with what is missing" in found.out
+    assert remedy == (end in ("stopped", "not finite: see x.log"))
 
 
 def test_type_checks_are_live():

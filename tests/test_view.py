@@ -6,6 +6,7 @@ Untrained levels would be too alike: parameters are drawn at random instead.
 import base64
 import json
 import re
+import runpy
 import shutil
 from dataclasses import replace
 from io import BytesIO
@@ -25,6 +26,7 @@ from diagnose import decode_down
 from dreams import levels_of
 from game import make_env
 from nets import symexp
+from play import Episode
 from play import episode as let_play
 from run import load_weights, save_weights
 from subgoal import subgoal_reward
@@ -37,7 +39,7 @@ close = lambda a, b, atol=1e-3: np.testing.assert_allclose(a, b, atol=atol, rtol
 
 
 def scatter(learners):
-    """Levels with random parameters, their variances positive."""
+    """Levels with random parameters, their variances positive, level i updated i."""
     leaves, tree = jax.tree.flatten(learners)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     for i, (leaf, key) in enumerate(zip(leaves, keys, strict=True)):
@@ -45,7 +47,9 @@ def scatter(learners):
             leaves[i] = leaf + 0.3 * jax.random.normal(key, leaf.shape)
     var = lambda learner: learner.standardiser.var
     spread = lambda x: eqx.tree_at(var, x, 0.5 + jnp.abs(var(x)))
-    return tuple(map(spread, jax.tree.unflatten(tree, leaves)))
+    learners = map(spread, jax.tree.unflatten(tree, leaves))
+    updated = lambda x, i: eqx.tree_at(lambda x: x.updates, x, x.updates + i)
+    return tuple(updated(x, i) for i, x in enumerate(learners))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,14 @@ def test_the_page_needs_nothing_else(made):
     assert re.findall(r"\s(?:src|href)=\"(?!data:)[^\"]*", text) == []
 
 
+def test_the_page_says_whose_episode_it_is(made):
+    _, text, _, levels = made
+    points = f"{levels[0].lived.steps.reward.sum():.4g}"
+    assert f"21 agent steps, return {points}. Preset tiny, world model s5. " in text
+    said = "Level 0 and up act every 1 / 2 / 4 steps and had 0 / 1 / 2 updates."
+    assert said in text
+
+
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_sheets_keep_bytes_and_round_predictions(channels):
     pixels = np.random.default_rng(0).random((7, 4, 5, channels))
@@ -188,6 +200,7 @@ def test_imagination_is_the_models_own_roll_out(made, i):
     _, _, data, levels = made
     level, F, panels = levels[i], view.IMAGINED, data["panels"][i]
     lived, clocks = level.lived, data["clocks"][i]
+    points = np.asarray(levels[0].lived.steps.reward)
     names = data["actions"] if i == 0 else []
     strips = [panels[f"strip{c}"] for c in range(3 + len(names))]
     assert f"strip{len(strips)}" not in panels
@@ -207,6 +220,11 @@ def test_imagination_is_the_models_own_roll_out(made, i):
     seen = [*range(row, len(lived.at))]
     truth = [lived.at[r] for r in seen] + [-1] * (F + 1 - len(seen))
     assert cells(strips[0], "seen")[w] == truth
+    ahead = np.minimum(row + np.arange(F + 1), len(lived.at) - 1)
+    for k, t in enumerate(lived.at[ahead]):
+        real = f"from step {lived.at[row]}: real Σ r "
+        found = strips[0]["said"][w * (F + 1) + k].removeprefix(real)
+        close(float(found), points[lived.at[row] + 1 : t + 1].sum())
     for strip, c in zip(strips[1:], range(len(plans)), strict=True):
         found = roll(level.learners[-1].subactor, *begin(level, row), plans[c], keys[w])
         sure = len(lived.at) - 1 - row if c == 0 else F  # no plan after the end
@@ -304,6 +322,15 @@ def test_curves_are_drawn_to_scale_and_broken_where_a_number_is_missing(made):
     assert re.findall(r"<span>([^<]+)</span>", html) == ["8", "3", "-2"]
     assert 'viewBox="0 0 20 100"' in html
     assert view.CURVES["surprise"] in html
+    ticks = re.findall(r'<span class="(\w*)" style="left: (.+?)%">(\d+)<', html)
+    assert ticks == [("", f"{5 * t:.2f}", str(t)) for t in range(0, 21, 4)]
+    flat = view.curve("surprise", levels, [{"surprise": np.zeros(21)}])
+    assert 'd="M0 100L1 100' in flat
+    at = np.arange(401)
+    long = [levels[0]._replace(lived=levels[0].lived._replace(at=at))]
+    html = view.curve("surprise", long, [{"surprise": at / 1.0}])
+    found = re.findall(r'<span class="(\w*)" style="[^"]+">(\d+)<', html)
+    assert found == [("fine" * (t % 80 > 0), str(t)) for t in range(0, 401, 20)]
     faint = {"extrinsic reward": y, "predicted extrinsic reward": y}
     assert 'class="l0 faint"' in view.curve("extrinsic reward", levels, [faint, {}])
 
@@ -327,16 +354,29 @@ def test_the_page_says_the_numbers_of_every_level(made):
     policy = levels[0].lived.thoughts.policy[:, 0]
     close(np.array(data["policy"]) / 100, policy, 0.006)
     chosen = [data["actions"][a] for a in levels[0].chosen[:-1, 0]]
-    said = [x.split("chosen: ")[1].split(" (")[0] for x in data["texts"]["status"]]
-    assert said == [*chosen, "–, the end."]
+    points = np.asarray(levels[0].lived.steps.reward)
+    sure = policy[np.arange(20), levels[0].chosen[:-1, 0]]
+    does = [f"{name} ({p:.0%})" for name, p in zip(chosen, sure, strict=True)]
+    for t, action in enumerate([*does, "–, the end"]):
+        said = f"Step {t} of 20: reward {points[t]:.3g}; chosen: {action}."
+        assert data["texts"]["status"][t] == said
+    assert view.rounded([1.23456, np.nan, np.inf]) == [1.235, None, None]
+
+
+def test_actions_have_the_emulators_names():
+    names = "noop fire right left rightfire leftfire"
+    assert view.action_names(replace(TINY, game="Pong"), 6) == names.split()
 
 
 def test_branches_are_the_sequences_that_lead_to_them(made):
-    _, _, data, levels = made
+    _, text, data, levels = made
     part, level, A = data["branches"], levels[0], len(data["actions"])
     trees, sheet = part["trees"], data["sheets"]["branches"]
     keys = jax.random.split(jax.random.key(0), len(trees))
     assert part["depth"] > 1
+    assert [tree["at"] for tree in trees] == [0, 4, 9, 14, 19]  # nothing follows 20
+    buttons = re.findall(r'accesskey="(\w)" onclick="take\((\d*)\)"', text)
+    assert buttons == [*zip("abcd", "0123", strict=True), ("x", "")]
     for w, path in ((0, (0,)), (1, (A - 1, 1)), (4, (1,) * part["depth"])):
         node = 0
         for a in path:
@@ -377,6 +417,29 @@ def test_starts_are_as_dense_as_the_room_allows(made):
     assert starts[1e9].tolist() == [*range(20)]
     assert 1 < len(starts[2e4]) < 20
     assert starts[0.0].tolist() == [0]  # one start is always kept
+    clocks = view.clocks(levels, 0, starts[0.0])
+    assert clocks["column"].tolist() == [*range(21)]
+    assert clocks["told"].tolist() == [*range(17), *[16] * 4]  # the last column's
+
+
+def test_levels_share_the_bytes_of_pictures(made, monkeypatch):
+    """All of them together take what there is, each as much as another."""
+    _, _, _, levels = made
+    steps, taken = levels[0].lived.steps, []
+
+    def greedy(level, _, __, sheets, room):
+        taken.append(int(room))
+        sheets[f"imagined{len(taken)}"] = {"src": ["x" * taken[-1]]}
+        return np.array([0]), {}
+
+    monkeypatch.setattr(view, "futures", greedy)
+    monkeypatch.setattr(view, "figures", lambda *_: {})
+    obs, end = np.asarray(steps.obs), np.arange(21) == 20
+    episode = Episode(obs, obs, end * 0, np.asarray(steps.reward), end, ())
+    sheets = view.contents(list("abcd"), levels, [{}] * 3, episode, False)["sheets"]
+    used = sum(len(src) for sheet in sheets.values() for src in sheet["src"])
+    close(used, view.PICTURE_BYTES, 3)
+    close(taken, taken[0], 3)
 
 
 def flat_page(steps):
@@ -384,11 +447,19 @@ def flat_page(steps):
     env = make_env(config, 0)
     shape, actions = env.observation_space.shape, int(env.action_space.n)
     learners = scatter(init_learners(config, shape, actions, key=jax.random.key(0)))
-    return view.page(config, learners, let_play(config, learners, steps), False)
+    episode = let_play(config, learners, steps)
+    episode = episode._replace(frames=episode.frames.repeat(2, 1).repeat(3, 2))
+    return view.page(config, learners, episode, False)
 
 
-def test_a_flat_agent_has_no_goals():
-    data = read(flat_page(2))
+def test_a_flat_agent_has_no_goals(monkeypatch):
+    monkeypatch.setattr(view, "SPAN", 0.4)
+    text = flat_page(2)
+    data = read(text)
+    assert "so far: the episode goes on. Preset" in text
+    assert "--zoom: 2.5;" in text  # 1 step of which 0.4 are in view
+    screen, small = (picture(data["sheets"][x], 1) for x in ("screen", "seen"))
+    np.testing.assert_array_equal(screen, small.repeat(2, 0).repeat(3, 1))
     (panels,) = data["panels"]
     assert panels["goal"]["blank"] == "blank: nobody sets level 0 a goal"
     assert "closest" not in panels
@@ -405,6 +476,38 @@ def test_bad_input_is_one_line(tmp_path):
         view.main(tmp_path, out=tmp_path / "a" / "b.html")
     with pytest.raises(UsageError, match="no checkpoint"):
         view.main(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"), [("--seed=-1", "--seed -1 is"), ("--seed=1", "is not a check")]
+)
+def test_exit_code_2_and_a_line(tmp_path, monkeypatch, capsys, flags, says):
+    file = tmp_path / "weights.ckpt"
+    file.write_text("nonsense")
+    monkeypatch.setattr("machine.keep_compiled", lambda: None)
+    monkeypatch.setattr("sys.argv", ["view.py", str(file), flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(view.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith("view.py: ") and says in error and error.count("\n") == 1
+
+
+def test_flags_reach_the_episode_and_the_page(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(view, "keep_compiled", lambda: None)
+    monkeypatch.setattr(view, "load_weights", lambda _: (CONFIG, ()))
+    play = lambda *args, seed: asked.append((args[2], seed))
+    monkeypatch.setattr(view, "let_play", play)
+    page = lambda *args: asked.append(args[3]) or "x" * 2_000_000
+    monkeypatch.setattr(view, "page", page)
+    view.main(tmp_path, episode_steps=7, seed=3)
+    view.main(tmp_path, play=True)
+    assert asked == [(7, 3), False, (2000, 0), True]
+    assert capsys.readouterr() == (f"{tmp_path}/view.html: 2.0 MB\n" * 2, "")
+    monkeypatch.setattr(view, "PAGE_BYTES", 1_000_000)
+    view.main(tmp_path)
+    assert "give fewer --episode-steps" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
