@@ -284,21 +284,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         jobs, store = plan(sweep, argv[split + 1 :]), opened(sweep.place)
         check_done(jobs, store)
+        if sweep.dry_run:
+            print(estimate(jobs, store, sweep))
+            return 0
+        todo = [job for job, _ in jobs if not store.result(job.name)]
+        done = len(jobs) - len(todo)
+        print(f"{done} of {len(jobs)} runs are done already", flush=True)
+        ended = run_all(todo, sweep) if todo else {}
     except UsageError as problem:
         print(f"sweep.py: {problem}", file=sys.stderr)
         return 2
-    if sweep.dry_run:
-        print(estimate(jobs, store, sweep))
-        return 0
-    todo = [job for job, _ in jobs if not store.result(job.name)]
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already", flush=True)
-    try:
-        ended = run_all(todo, sweep) if todo else {}
     except KeyboardInterrupt:
         return 130
-    except UsageError as problem:
-        print(f"sweep.py: {problem}", file=sys.stderr)
-        return 2
     bad = {name: end for name, end in ended.items() if end not in ("done", "stopped")}
     for name, end in bad.items():
         print(f"sweep.py: {name}: {end}", file=sys.stderr)
