@@ -117,9 +117,8 @@ class TrainerConfig:
     """Rate at which the slow critics follow (official: slow_target_fraction)."""
     running_decay: Fraction = 0.99
     """Decay of return scales and of the standardisation of h."""
-    normalise_returns: Literal["each", "together", "off"] = "each"
-    """Divide advantages by the 5-95 % range of returns (Δ15): each reward's by its own,
-    or all together by the largest weighted one."""
+    normalise_returns: bool = True
+    """Divide advantages by the 5-95 % range of returns (Δ15)."""
     reward_weights: tuple[Rate, Rate, Rate] = (1.0, 0.3, 0.1)
     """w of extrinsic, subgoal and novelty reward (official:
     extrinsic_reward_weight and so on). Novelty

@@ -106,7 +106,7 @@ class Trainer:
     entropy_scale: float
     slow_rate: float
     running_decay: float
-    normalise_returns: str
+    normalise_returns: bool
     reward_weights: tuple[float, float, float]
     free_nats: float
     code_kl_scale: float
@@ -236,8 +236,7 @@ class Trainer:
         value, gamma = twohot_mean(logits), gamma[:, None, None] * rollout.cont
         returns = lambda_returns(reward, value, gamma, self.lambda_)
         scale = self._return_scale(learner, returns)
-        together = self.normalise_returns == "together"
-        advantage = advantages(returns, value, scale, weights, together)
+        advantage = advantages(returns, value, scale, weights)
         weight = alive * survival(rollout.cont, self.discount)
         slow = jax.tree.map(
             lambda slow, fast: slow + self.slow_rate * (fast - slow),
@@ -288,7 +287,7 @@ class Trainer:
         self, learner: Learner, returns: Float[Array, "R steps M"]
     ) -> Float[Array, " R"]:
         """Running 5-95 % range of each reward's returns; 1 if not normalised."""
-        if self.normalise_returns == "off":
+        if not self.normalise_returns:
             return jnp.ones_like(learner.return_scale)
         flat = returns.reshape(returns.shape[0], -1)
         low, high = jnp.percentile(flat, jnp.array([5.0, 95.0]), axis=1)

@@ -66,7 +66,6 @@ class Study(NamedTuple):
 
 
 LEVELS = {"1 level": "--levels 1", "3 levels": "--levels 3"}
-TOGETHER = "--trainer.normalise-returns together"
 MODELS = {"S5": "--levels 1", "RSSM": "--levels 1 --world-model rssm"}
 SMALL = {
     "Breakout": "--game minatar/breakout --steps 10000",
@@ -127,7 +126,6 @@ STUDIES = {
         {"Breakout": MINATAR["breakout"]},
         LEVELS
         | {
-            "3 levels, one divisor": f"{LEVELS['3 levels']} {TOGETHER}",
             "3 levels, goals weigh 0": WEIGHTS["goals weigh 0"],
             "1 level, actor's rate 3e-4": "--levels 1 --trainer.actor-critic-lr 3e-4",
             "3 levels, actor's rate 3e-4": "--levels 3 --trainer.actor-critic-lr 3e-4",
@@ -160,7 +158,7 @@ STUDIES = {
             "uniform sampling": "--levels 1 --sampler uniform",
             "balanced sampling": "--levels 1 --sampler balanced",
             "carry zero": "--levels 1 --carry zero",
-            "returns as they are": "--levels 1 --trainer.normalise-returns off",
+            "returns as they are": "--levels 1 --trainer.no-normalise-returns",
         },
     ),
 }

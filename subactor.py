@@ -2,8 +2,7 @@
 
     a_τ ~ π(a | feat_τ, symlog(r̂_τ, ĉ_τ, H[p_τ]), goal)             (SUB 1)
     R_τ = r_τ + γ_τ ((1-λ) V_{τ+1} + λ R_{τ+1}),  γ_τ = γ_s ĉ_τ     (SUB 2)
-    A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s),
-          or all of them over max(1, max_s w_s scale_s)             (SUB 3)
+    A_τ = Σ_s w_s (R_τ^s - V_τ^s) / max(1, scale_s)                 (SUB 3)
     L_actor = -W_τ (ln π(a_τ) sg(A_τ) + η H[π]),  W_τ = Π_{j<τ} γ ĉ_j (SUB 4)
     L_critic = -W_τ (ln p(R_τ) + ln p(V_slow))                      (SUB 5)
 
@@ -195,15 +194,8 @@ def advantages(
     value: Float[Array, "R tau M"],
     scale: Float[Array, " R"],
     weights: Float[Array, " R"],
-    together: bool,
 ) -> Float[Array, "R steps M"]:
-    """Of every reward, weighted; their sum is what the actor follows. (SUB 3)
-
-    Divided `together`, rewards count as their weights say; otherwise one of large
-    returns counts less.
-    """
-    if together:
-        scale = jnp.full_like(scale, (weights * scale).max())
+    """Of every reward, weighted; their sum is what the actor follows. (SUB 3)"""
     normed = (returns - value[:, :-1]) / jnp.maximum(1, scale)[:, None, None]
     return weights[:, None, None] * normed  # (SUB 3)
 
