@@ -182,7 +182,7 @@ def test_the_running_mean_ends_with_the_newest_episode(run):
     lines = [{"step": n, "episode_return": float(n)} for n in range(1, 301)]
     _, mean, *_ = report.learning_curve(run, lines).axes[0].lines
     assert mean.get_label() == "mean of the last 15"
-    assert mean.get_xydata()[[0, -1]].tolist() == [[15, 8], [300, 293]]
+    assert mean.get_xydata()[[0, -1]] == pytest.approx(np.array([[15, 8], [300, 293]]))
 
 
 def test_references_out_of_reach_are_told_below(run, tmp_path, monkeypatch):
