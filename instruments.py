@@ -4,14 +4,15 @@
     A_t = (R_t - V_t) / scale · weight,  share = mean |A_r| / Σ_r' mean |A_r'|  (INS 2)
     heeded = mean ½ Σ_a |π(a | feat, goal) - π(a | feat, another goal)|  (INS 3)
     reach = Σ_H Var[S_k over actions] / Σ_H Var[S over rows]         (INS 4)
+    closest = mean over goals of max_t r_g(goal, S_t)                (INS 5)
 
 `python instruments.py RUN_DIR` prints them and writes RUN_DIR/instruments.json. They
 answer: does the model know more than its replay? Does surprise grow beyond the windows
 it was trained on? Are rewards foreseen? Which reward moves the actor? Are goals
-reached, more than goals of other times? Does the actor heed them, and how much of the
-state can actions decide while one is held? Does the code say anything? Do critics
-predict what comes? e is the last row of the episode, for the subgoal reward of the
-goal; a terminal is worth its reward instead of V_e.
+reached, more than goals of other times? Is any state met like them? Does the actor
+heed them, and how much of the state can actions decide while one is held? Does the code
+say anything? Do critics predict what comes? e is the last row of the episode, for the
+subgoal reward of the goal; a terminal is worth its reward instead of V_e.
 
 Axes: n rows of a level's own steps, H features of h, Sg × Kg goal code.
 """
@@ -32,7 +33,7 @@ from jaxtyping import Float
 
 from checkpoint import CheckpointError
 from config import Config, UsageError
-from diagnose import imagine
+from diagnose import imagine, nearest
 from game import read_lines
 from learner import REWARDS, Learner
 from machine import keep_compiled
@@ -41,12 +42,13 @@ from play import LevelPlay, episode, think
 from run import load_weights, place_of
 from s5wm import Transition, prediction_losses
 from subactor import lambda_return
-from subgoal import autoencoder_loss, subgoal_reward
+from subgoal import Autoencoder, autoencoder_loss, subgoal_reward
 
 Rows = Float[np.ndarray, " n"]
 Columns = dict[str, np.ndarray]  # rows of different stretches, by name
 Numbers = dict[str, float | int | None]
 SEQUENCES = 32  # of actions, drawn uniformly, that are imagined from where goals begin
+closest = jax.jit(jax.vmap(nearest, (0, None)))
 returns_of = jax.jit(lambda_return, static_argnames="lambda_")
 LOSSES = ("loss_observation", "loss_reward", "loss_cont")  # as metrics.jsonl calls them
 
@@ -143,6 +145,25 @@ def in_reach(learner: Learner, level: LevelPlay, length: int) -> Columns:
     S = np.stack([end(sequence) for sequence in jax.nn.one_hot(drawn, A)])
     r_g = np.stack([np.asarray(reward_of_goals(goal[starts], s)) for s in S])
     return {"mean": r_g.mean(0), "best": r_g.max(0), "spread": S.var(0).sum(-1)}
+
+
+def closest_met(
+    autoencoder: Autoencoder,
+    goal: Float[np.ndarray, "goals H"],
+    state: Float[np.ndarray, "n H"],
+) -> Numbers:
+    """r_g of that state, of all that were met, which is most like a goal. (INS 5)
+
+    Beside it for codes drawn uniformly, which is what a level above asks for before it
+    learns, and for the codes of states that were met.
+    """
+    random, n = np.random.default_rng(0), len(goal)
+    Sg, Kg = autoencoder.code_shape
+    drawn = jax.nn.one_hot(random.integers(0, Kg, (n, Sg)), Kg)
+    some = jnp.asarray(state)[random.integers(0, len(state), n)]
+    own, decode = jax.vmap(autoencoder.encode)(some), jax.vmap(autoencoder.decode)
+    asked = {"goal": goal, "code drawn": decode(drawn), "code of a state": decode(own)}
+    return means({k: np.asarray(closest(G, state)[1]) for k, G in asked.items()})
 
 
 def stretches(n: int, length: int) -> list[slice]:
@@ -259,9 +280,12 @@ def examine(config: Config, learner: Learner, levels: list[LevelPlay]) -> dict:
         goals["heeded"] = np.concatenate([heeded(learner, level) for level in levels])
         found["goal"] = {"goals": len(goals["begin"])} | means(goals)
         reach = joined([in_reach(learner, level, config.period) for level in levels])
-        in_play = np.concatenate([x.state for x in thoughts]).var(0).sum()
-        reach["reach"] = reach.pop("spread") / in_play  # (INS 4)
+        met = np.concatenate([x.state for x in thoughts])
+        reach["reach"] = reach.pop("spread") / met.var(0).sum()  # (INS 4)
         found["goal, random actions"] = means(reach)
+        asked = [x.goal[goal_starts(len(x.goal), config.period)] for x in thoughts]
+        near = closest_met(subactor.autoencoder, np.concatenate(asked), met)
+        found["goal, closest state met"] = near
     if subactor.autoencoder is not None:
         _, health = autoencoder_loss(
             subactor.autoencoder,

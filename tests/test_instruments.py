@@ -16,6 +16,7 @@ from game import read_lines
 from learner import Learner
 from play import LevelPlay
 from s5wm import Transition
+from subgoal import Autoencoder
 
 
 def blank_learner(**fields):
@@ -144,6 +145,32 @@ def test_what_actions_decide_of_a_state_by_hand(monkeypatch):
     second = best[1] / np.maximum(14**2, 49 + (40 + ones) ** 2)
     assert found["mean"] == pytest.approx([first.mean(), second.mean()])
     assert found["best"] == pytest.approx([first.max(), second.max()])
+
+
+class Double(Autoencoder):
+    """A code of one row of three classes is half the state that it stands for."""
+
+    def __init__(self):
+        self.encoder = self.decoder = None
+        self.code_shape = (1, 3)
+
+    def encode(self, S):
+        return S[None]
+
+    def decode(self, code):
+        return 2 * code[0]
+
+
+def test_goals_like_no_state_that_was_met():
+    """Of three features those met have the first alone."""
+    double = Double()
+    state, goal = np.eye(3)[[0, 0]], np.array([[2.0, 0, 0], [0, 3, 0], [1, 1, 0]])
+    found = instruments.closest_met(double, goal, state)
+    assert found["goal"] == pytest.approx((1 / 2 + 0 + 1 / 2) / 3)
+    assert found["code of a state"] == 1 / 2
+    drawn = np.random.default_rng(0).integers(0, 3, (3, 1))
+    assert found["code drawn"] == pytest.approx((drawn == 0).mean() / 2)
+    assert instruments.closest_met(double, goal[:0], state)["goal"] is None
 
 
 def test_no_goal_is_held_to_its_end(monkeypatch):
