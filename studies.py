@@ -103,6 +103,15 @@ STUDIES = {
         MODELS,
         measure="cue read from the state",
     ),
+    "windows": Study(
+        {"D = 100": "--game recall --steps 40000 --updates-per-step 1 --env.delay 100"},
+        {
+            "S5, T = 128": "--levels 1 --length 128 --batch 2",
+            "RSSM, T = 128": "--levels 1 --length 128 --batch 2 --world-model rssm",
+            "S5, T = 32": "--levels 1",
+            "RSSM, T = 32": "--levels 1 --world-model rssm",
+        },
+    ),
     "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
     "goals": Study(
         {"pinpad": "--game pinpad --steps 10000"},
