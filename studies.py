@@ -80,6 +80,14 @@ RECALL = {
     "D = 100": "--game recall --steps 60000 --updates-per-step 0.25 --env.delay 100",
     "D = 300": "--game recall --steps 120000 --updates-per-step 0.125 --env.delay 300",
 }
+# Do windows that begin before the cue help, or only more updates?
+LONG = "--game recall --steps 40000 --updates-per-step 1 --env.delay 100"
+LONGER = "--game recall --steps 80000 --updates-per-step 0.75 --env.delay 300"
+WINDOWS = {
+    "D = 100, T = 32": LONG,
+    "D = 100, T = 128": f"{LONG} --length 128 --batch 2",
+    "D = 300, T = 320": f"{LONGER} --length 320 --batch 1",
+}
 WEIGHTS = {
     "goals weigh 0": "--levels 3 --trainer.reward-weights 1 0 0.1",
     "goals weigh 1": "--levels 3 --trainer.reward-weights 1 1 0.1",
@@ -103,15 +111,7 @@ STUDIES = {
         MODELS,
         measure="cue read from the state",
     ),
-    "windows": Study(
-        {"D = 100": "--game recall --steps 40000 --updates-per-step 1 --env.delay 100"},
-        {
-            "S5, T = 128": "--levels 1 --length 128 --batch 2",
-            "RSSM, T = 128": "--levels 1 --length 128 --batch 2 --world-model rssm",
-            "S5, T = 32": "--levels 1",
-            "RSSM, T = 32": "--levels 1 --world-model rssm",
-        },
-    ),
+    "windows": Study(WINDOWS, MODELS),
     "pinpad": Study({"pinpad": "--game pinpad --steps 30000"}, LEVELS),
     "goals": Study(
         {"pinpad": "--game pinpad --steps 10000"},
