@@ -256,7 +256,9 @@ def command(tmp_path: Path, steps: int, out: str, *flags: str) -> list[str]:
     source.mkdir(exist_ok=True)
     stand_in = (ROOT / "tests/stand_in_train.py").read_text()
     (source / "train.py").write_text(stand_in)
-    script = f"import sweep, sys; sweep.ROOT = sweep.Path({str(source)!r}); "
+    # A shell's background jobs, and all that they start, are born deaf to Ctrl-C.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += f"import sweep, sys; sweep.ROOT = sweep.Path({str(source)!r}); "
     script += "sys.exit(sweep.main(sys.argv[1:]))"
     flags = ("--games", "Pong", "Krull", "--seeds", "2", "--out", out, *flags)
     words = ["--gpus-per-run", "0", "--", "--preset", "tiny", "--steps", str(steps)]
@@ -316,7 +318,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 def test_killed_stopped_and_continued(tmp_path):
     """Nothing is lost and no run done twice, whatever ends a worker or the sweep."""
     out = tmp_path / "out"
-    words = command(tmp_path, 100, str(out), "--cpus-per-run", "0.5")
+    words = command(tmp_path, 40, str(out), "--cpus-per-run", "0.5")
     quiet = {"env": ENV, "cwd": tmp_path, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, **quiet) as process:
         kill_worker_of(out / "Pong-0")
@@ -329,7 +331,7 @@ def test_killed_stopped_and_continued(tmp_path):
     finished = subprocess.run(words, **quiet, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout
     assert re.fullmatch(r"(\d) runs: \1 done", finished.stdout.splitlines()[-1])
-    check(out, 100, {"Pong-0"}, lost=2)
+    check(out, 40, {"Pong-0"}, lost=2)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = subprocess.run(words, **quiet, timeout=300, check=False)
     assert again.stdout == "4 of 4 runs are done already\n" and again.returncode == 0
