@@ -201,8 +201,9 @@ def init_learners(
 def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
-    A level's replay has room for every step of the run and, above level 0, for 10,000
-    ends of episodes; beyond that, or beyond `capacity`, the oldest entries go.
+    A level's replay has room for every step of the run in episodes of 4 steps or more
+    and, above level 0, for 10,000 ends of episodes; beyond that, or beyond `capacity`,
+    the oldest entries go.
     """
     model_key, run_key = jax.random.split(jax.random.key(seed))
     learners = init_learners(config, obs_shape, actions, key=model_key)

@@ -122,7 +122,7 @@ class TrainerConfig:
     reward_weights: tuple[Rate, Rate, Rate] = (1.0, 0.3, 0.1)
     """w of extrinsic, subgoal and novelty reward (official:
     extrinsic_reward_weight and so on). Novelty
-    has weight 0 at level 0, where it is only logged."""
+    has weight 0 at level 0, where it is only logged, with one level not even that."""
     free_nats: Rate = 1.0
     """Floor of both KL terms, in nats (official: kl_free)."""
     code_kl_scale: Rate = 0.01

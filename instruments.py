@@ -38,8 +38,8 @@ from game import read_lines
 from learner import REWARDS, Learner
 from machine import keep_compiled
 from nets import mode_onehot, twohot_mean, unimix_probs
-from play import LevelPlay, episode, think
-from run import load_weights, place_of
+from play import Episode, LevelPlay, episode, think
+from run import EVAL_SEED, load_weights, place_of
 from s5wm import Transition, prediction_losses
 from subactor import lambda_return
 from subgoal import Autoencoder, autoencoder_loss, subgoal_reward
@@ -118,10 +118,18 @@ def heeded(learner: Learner, level: LevelPlay) -> Rows:
     return 0.5 * moved.sum(-1).mean(-1)  # (INS 3)
 
 
+def new_episodes(
+    config: Config, learners: tuple[Learner, ...], episodes: int, steps: int
+) -> list[Episode]:
+    """Episodes of at most so many steps, from seeds far from those of training."""
+    seeds = range(EVAL_SEED, EVAL_SEED + episodes)
+    return [episode(config, learners, steps, seed=seed) for seed in seeds]
+
+
 def goals_heeded(run_dir: Path, episodes: int = 3, steps: int = 2000) -> float:
     """Mean of (INS 3) over what level 0 does in new episodes; of two levels or more."""
     config, learners = load_weights(run_dir)
-    played = [episode(config, learners, steps, seed=seed) for seed in range(episodes)]
+    played = new_episodes(config, learners, episodes, steps)
     moved = [heeded(learners[0], one.levels[0]) for one in played]
     return float(np.concatenate(moved).mean())
 
@@ -224,7 +232,10 @@ def critic(
 
 
 def critic_rows(config: Config, level: LevelPlay, name: str) -> Columns:
-    """`critic` of an episode; for the subgoal reward goal by goal, as it learns."""
+    """`critic` of an episode; for the subgoal reward goal by goal.
+
+    A goal's last value closes it: what comes later pays another goal.
+    """
     terminal = np.asarray(level.steps.is_terminal)
     discount = config.trainer.discount * (1.0 - terminal)
     length = max(2, len(terminal))
@@ -318,7 +329,7 @@ def main(
     except (UsageError, CheckpointError) as error:
         print(f"instruments.py: {error}", file=sys.stderr)
         return 2
-    played = [episode(config, learners, steps, seed=seed) for seed in range(episodes)]
+    played = new_episodes(config, learners, episodes, steps)
     lines = read_lines(run_dir)
     found = {
         f"level {i}": {"losses in training": training_losses(lines, i)}

@@ -212,7 +212,10 @@ class Trainer:
     def _real_rewards(
         self, learner: Learner, latent: Latent, batch: Transition
     ) -> Metrics:
-        """The same rewards on replayed states, to watch beside the imagined ones."""
+        """The same rewards on replayed states, to watch beside the imagined ones.
+
+        A goal set at a step counts from that step on.
+        """
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         reward, h, goal = jax.tree.map(flat, (batch.reward, latent.h, batch.goal))
         goal = learner.subactor.goal_onehot(goal)

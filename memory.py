@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from instruments import predicted_rewards
+from instruments import new_episodes, predicted_rewards
 from learner import Learner
 from nets import mode_onehot, unimix_probs
-from play import LevelPlay, episode
+from play import LevelPlay
 from run import load_weights
 
 Features = Float[np.ndarray, "n F"]
@@ -27,8 +27,7 @@ Signs = Float[np.ndarray, " n"]
 def played(run_dir: Path, episodes: int) -> tuple[Learner, list[LevelPlay]]:
     """Level 0 and its side of whole episodes."""
     config, learners = load_weights(run_dir)
-    length = config.env.delay + 3
-    found = [episode(config, learners, length, seed=s) for s in range(episodes)]
+    found = new_episodes(config, learners, episodes, steps=config.env.delay + 3)
     return learners[0], [one.levels[0] for one in found]
 
 

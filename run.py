@@ -167,9 +167,10 @@ class Run:
                     game.begin_episode(self.step)
 
     def update(self) -> None:
-        """Dispatches what is due: a level owes `updates_per_step` per own step.
+        """Dispatches what is due: `updates_per_step` per K_i agent steps.
 
-        From its first window on, wherever episodes ended: seeds stay in lockstep.
+        From the first window and `prefill` on, wherever episodes ended, which the
+        upper levels' extra entries then do not count: seeds stay in lockstep.
         """
         for i in range(self.config.levels):
             while self.updates[i] < updates_by(self.config, i, self.step + 1):

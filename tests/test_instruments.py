@@ -12,9 +12,10 @@ from jaxtyping import TypeCheckError
 import instruments
 import train
 from config import TINY
-from game import read_lines
+from game import make_env, read_lines
 from learner import Learner
 from play import LevelPlay
+from run import load_weights
 from s5wm import Transition
 from subgoal import Autoencoder
 
@@ -311,5 +312,9 @@ def test_a_run_is_examined(tmp_path, capsys):
     shares = levels["level 1"]["share of the advantage"]
     assert set(shares) == {"extrinsic", "subgoal", "novelty"}
     assert sum(shares.values()) == pytest.approx(1)
+    config, learners = load_weights(folder)
+    played = instruments.new_episodes(config, learners, episodes=8, steps=1)
+    trained = [make_env(config, seed).reset()[0] for seed in range(8)]
+    assert not np.array_equal([one.obs[0] for one in played], trained)
     assert instruments.main(tmp_path / "none") == 2
     assert capsys.readouterr().err.count("\n") == 1
