@@ -4,7 +4,8 @@
     act_only        the same without remembering, to evaluate
     update          one level samples, learns, imagines and writes its carries back
 
-Of several seeds every array has one more axis in front, N, and these calls are vmapped.
+Of several seeds every array has one more axis in front, N; the first and the last of
+these calls are vmapped over it, `act_only` plays one seed.
 Keys are derived, not stored: acting folds the number of the call into the run's key,
 an update the number of the update, so a resumed run continues the same streams.
 
@@ -173,7 +174,6 @@ def make_subactor(
         action_shape,
         goal_shape,
         tuple(rewards),
-        features=model.z_categoricals * model.z_classes + model.features,
         width=model.width,
         layers=model.head_layers,
         key=behaviour_key,
@@ -193,7 +193,7 @@ def init_learners(
 
     def init(level):
         subactor = make_subactor(config, level, obs_shape, actions, keys[level])
-        return trainer.init(subactor, config.model.features)
+        return trainer.init(subactor)
 
     return tuple(map(init, range(config.levels)))
 
@@ -201,9 +201,9 @@ def init_learners(
 def init_agent(config: Config, obs_shape: tuple, actions: int, seed) -> Agent:
     """The agent before its first step. Replays are allocated here, once and for all.
 
-    A level's replay has room for every step of the run in episodes of 4 steps or more
-    and, above level 0, for 10,000 ends of episodes; beyond that, or beyond `capacity`,
-    the oldest entries go.
+    Level 0's replay has room for the whole run in episodes of 4 steps or more, those
+    above for the whole run in at most 5,000 episodes; beyond that, or beyond
+    `capacity`, the oldest entries go.
     """
     model_key, run_key = jax.random.split(jax.random.key(seed))
     learners = init_learners(config, obs_shape, actions, key=model_key)

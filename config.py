@@ -91,9 +91,9 @@ class ModelConfig:
     code_classes: Annotated[int, Between(2, 256)] = 8
     """Kg, classes of each (official: subgoal_shape)."""
     code_encoder_width: Count = 64
-    """Hidden width of the subgoal encoder (official: subgoal_compression)."""
+    """Hidden width of the subgoal encoder (official: product of subgoal_shape)."""
     code_decoder_width: Count = 256
-    """Hidden width of the subgoal decoder (official: subgoal_compression)."""
+    """Hidden width of the subgoal decoder (official: dyn_deter)."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,15 @@ class Config:
     """What matrix products round their inputs to; they add up in float32. Default:
     bfloat16 on an accelerator, float32 on a CPU."""
     steps: Count = 100_000
-    """Agent steps of training; one is 4 frames (official: steps / action_repeat)."""
+    """Agent steps of training; in Atari one is 4 frames (official: steps /
+    action_repeat)."""
     eval_episodes: Natural = 100
-    """Episodes after training, policy sampled (official: eval_eps)."""
+    """Episodes after training, policy sampled (official: eval_eps; the likeliest
+    action, Δ31)."""
     levels: Annotated[int, Between(1, 4)] = 3
     """Levels of the tower; 1 is the flat agent (official: max_hierarchy)."""
     world_model: Literal["s5", "rssm"] = "s5"
-    """Sequence model: S5, or a GRU as in DreamerV3 (official: dynamics_model)."""
+    """Sequence model: S5, or a plain GRU (Δ33; official: dynamics_model)."""
     sampler: Literal["etbs", "uniform", "balanced"] = "etbs"
     """Which replay windows are trained on (official: replay). uniform is etbs with a
     tau of 0."""
@@ -195,7 +197,7 @@ class Config:
     capacity: Count = 1_000_000
     """Entries a level's replay keeps, at most (official: replay_size)."""
     log_every: Count = 500
-    """Agent steps between lines of metrics.jsonl."""
+    """Agent steps between lines of means in metrics.jsonl; an episode has its own."""
     checkpoint_every: Count = 10_000
     """Agent steps between checkpoints, at most."""
     checkpoint_minutes: Annotated[float, Between(0)] = 10.0

@@ -17,7 +17,8 @@ Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Robine et al., "Transformer-
 based World Models", 2023 (count-balanced). Official: embodied/replay/selectors.py.
 Differs from the official code in: Δ20 m is the current size, Δ21 carries are stored.
 
-Axes: B batch, T time, C capacity. Position is age: 0 is the oldest entry.
+Axes: B batch, T time, C capacity; N, P, S as in s5wm.py. Position is age: 0 is the
+oldest entry.
 """
 
 import equinox as eqx
@@ -60,10 +61,10 @@ class StoredCarry(eqx.Module):
 class Replay(eqx.Module):
     """A level's experience on the device: a ring of C entries, oldest overwritten.
 
-    `carries[t]` is the state after entry t, x in float16: a tower that plays on keeps
-    float32, and a window rounds the state it starts from but once. `draws` counts the
-    windows that began at an entry. Arrays have one row more than the capacity: it
-    swallows the writes of a level that does not act.
+    `carries[t]` is the state after entry t, x rounded to float16. Acting goes on from
+    the float32 state: rounded at every step, slow modes would lose their increments.
+    `draws` counts the windows that began at an entry. Arrays have one row more than the
+    capacity: it swallows the writes of a level that does not act.
     """
 
     steps: Transition
@@ -108,7 +109,7 @@ class Replay(eqx.Module):
     ) -> tuple["Replay", Int[Array, "B T"]]:
         """Rows of `batch` windows of `length` steps; needs `length` entries.
 
-        The replay is returned because the balanced sampler counts its draws.
+        The replay is returned with its draws counted, which the balanced sampler reads.
         """
         m = self.size - length + 1
         if sampler == "balanced":

@@ -14,10 +14,11 @@ forgets and acts; at its end every level acts once more, to record the ending.
                the game
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official: hieros/hieros.py.
-Differs from the official code in: Δ17 clock per episode, Δ18 no lag, Δ19 one-hot goals.
+Differs from the official code in: Δ17 clock per episode, Δ18 no lag, Δ19 one-hot goals,
+Δ31 actions are sampled in evaluation, too.
 
-Axes: S categoricals of z, H features of h, G groups of an action, Sg of a goal.
-k is the period, K_i a level's stride, K (nets.py) a number of classes.
+Axes: G groups of an action. k is the period, K_i a level's stride, K (nets.py) a
+number of classes.
 """
 
 from dataclasses import replace

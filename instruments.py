@@ -37,7 +37,7 @@ from diagnose import imagine, nearest
 from game import read_lines
 from learner import REWARDS, Learner
 from machine import keep_compiled
-from nets import mode_onehot, twohot_mean, unimix_probs
+from nets import mode_onehot, twohot_mean
 from play import Episode, LevelPlay, episode, think
 from run import EVAL_SEED, load_weights, place_of
 from s5wm import Transition, prediction_losses
@@ -202,7 +202,7 @@ def losses(
 def model_rows(learner: Learner, level: LevelPlay) -> Columns:
     """An episode's losses, rewards beside those predicted, surprise and age, by row."""
     latent, surprise = level.latent, np.asarray(level.thoughts.surprise)
-    prior_z = mode_onehot(unimix_probs(latent.prior))
+    prior_z = mode_onehot(latent.prior)
     found = map(np.asarray, losses(learner, level.steps, latent.feat))
     return dict(zip(LOSSES, found, strict=True)) | {
         "age": np.arange(float(len(surprise))),

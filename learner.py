@@ -13,8 +13,8 @@ hold here) and subgoal.py; slow critics move a `slow_rate` of the way in every u
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, classes WorldModel, ImagBehavior, SubgoalAutoencoder.
 
-Axes: B batch, T time, R rewards, τ imagined time, M start states, Sg × Kg goal code, H
-features of h. As values S is a standardised state and G a decoded goal.
+Axes: B batch, T time, R rewards, τ imagined time, steps τ - 1, M start states, Sg × Kg
+goal code, H features of h. As values S is a standardised state and G a decoded goal.
 """
 
 from dataclasses import dataclass, replace
@@ -134,9 +134,9 @@ class Trainer:
     def _autoencoder_adam(self) -> optax.GradientTransformation:
         return self._adam(self.autoencoder_lr, 1e-6, 100.0)
 
-    def init(self, subactor: Subactor, features: int) -> Learner:
-        """A learner before its first update. `features` is the size H of h."""
-        autoencoder = subactor.autoencoder
+    def init(self, subactor: Subactor) -> Learner:
+        """A learner before its first update."""
+        autoencoder, features = subactor.autoencoder, subactor.world_model.features
         return Learner(
             subactor=subactor,
             slow_critics=jax.tree.map(jnp.copy, subactor.critics),

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from instruments import new_episodes, predicted_rewards
 from learner import Learner
-from nets import mode_onehot, unimix_probs
+from nets import mode_onehot
 from play import LevelPlay
 from run import load_weights
 
@@ -36,7 +36,7 @@ def foreseen(run_dir: Path, episodes: int = 50) -> float:
     learner, levels = played(run_dir, episodes)
     cue, said = [], []
     for level in levels:
-        prior_z = mode_onehot(unimix_probs(level.latent.prior[-1:]))
+        prior_z = mode_onehot(level.latent.prior[-1:])
         r = predicted_rewards(learner, prior_z, level.latent.h[-1:])
         cue.append(np.sign(level.steps.reward[-1]))
         said.append(np.sign(r[0]))

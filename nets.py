@@ -17,7 +17,8 @@ Hafner et al., "Mastering Diverse Domains through World Models", 2023.
 Official: hieros/networks.py, hieros/tools.py.
 Differs from the official code in: Δ11 z windows are scored by cross-entropy.
 
-Axes: S categoricals × K classes of z, k steps of a window, H features.
+Axes: S categoricals × K classes of z, k steps of a window, H features
+of h, F = S·K + H.
 """
 
 import math
@@ -300,7 +301,7 @@ class ImageEncoder(eqx.Module):
 
 
 class ImageDecoder(eqx.Module):
-    """Mirror of `ImageEncoder`: features → Linear → Up per stride, last one linear."""
+    """Mirror of `ImageEncoder`: feat → Linear → Up per stride, last one linear."""
 
     first: eqx.nn.Linear
     layers: tuple[Up, ...]
@@ -309,7 +310,7 @@ class ImageDecoder(eqx.Module):
 
     def __init__(
         self,
-        features: int,
+        feat: int,
         shape: tuple[int, int, int],
         channels: tuple[int, ...],
         strides: tuple[int, ...],
@@ -322,7 +323,7 @@ class ImageDecoder(eqx.Module):
         total = math.prod(strides)
         self.start = (height // total, width // total, channels[-1])
         size = self.start[0] * self.start[1] * self.start[2]
-        self.first = eqx.nn.Linear(features, size, key=first_key)
+        self.first = eqx.nn.Linear(feat, size, key=first_key)
         sizes = (*reversed(channels), pixel_channels)
         self.layers = tuple(
             Up(c_in, c_out, s, overlap, k)

@@ -8,7 +8,8 @@ depends on h_t, so a sequence is observed one step after the other: what S5WM av
 
 Hafner et al., "Mastering Diverse Domains through World Models", 2023.
 Official: hieros/networks.py, class RSSM. Differs from the official code in:
-Δ1 alignment of actions, Δ2 the last reward counts, Δ26 q starts sharp.
+Δ1 alignment of actions, Δ2 the last reward counts, Δ26 q starts sharp, Δ33 a plain GRU
+from h = 0.
 
 Axes: T time, S categoricals × K classes of z, G × A action code, H features.
 The carry's x is (1, H): one layer, whose state is h.

@@ -213,7 +213,8 @@ class S5Block(eqx.Module):
 class S5Stack(eqx.Module):
     """N S5 blocks and a final LayerNorm; `discretise` once, then scan or step.
 
-    The carry is the complex state of all layers, (N, P).
+    The carry is the complex state of all layers, (N, P). The argument `blocks` counts
+    HiPPO blocks within a layer, the field holds the N layers.
     """
 
     blocks: tuple[S5Block, ...]

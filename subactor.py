@@ -13,13 +13,16 @@ is differentiated through the world model.
 
 Mattes, Schlosser, Herbrich, "Hieros", ICML 2024. Official:
 hieros/models.py, class ImagBehavior. Differs from the official code in: Δ12 prior
-entropy, Δ13 goals decoded now, Δ15 advantages are normalised, Δ25 γ_subgoal.
+entropy, Δ13 goals decoded now, Δ15 advantages are normalised, Δ25 γ_subgoal, Δ27 rows
+of codes summed, Δ28 advantages added, Δ29 rewards without symlog, Δ32 ends weigh 0.
 
 Axes: R rewards, τ imagined time, steps τ - 1, M start states, G × A action code, Sg ×
 Kg goal code, H features of h, I inputs of actor and critics. As values R_τ is a return,
 A_τ an advantage; `sg` stops gradients. Of the `horizon` imagined states the start is
 one.
 """
+
+import math
 
 import equinox as eqx
 import jax
@@ -66,14 +69,14 @@ class Subactor(eqx.Module):
         goal_shape: tuple[int, int] | None,
         rewards: tuple[str, ...],
         *,
-        features: int,
         width: int,
         layers: int,
         key: PRNGKeyArray,
     ):
         actor_key, critic_key = jax.random.split(key)
         goal = 0 if goal_shape is None else goal_shape[0] * goal_shape[1]
-        inputs = features + 3 + goal
+        feat = math.prod(world_model.z_shape) + world_model.features
+        inputs = feat + 3 + goal
         actions = action_shape[0] * action_shape[1]
         self.world_model, self.autoencoder = world_model, autoencoder
         self.actor = MLP(inputs, width, layers, actions, key=actor_key)

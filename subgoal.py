@@ -16,7 +16,8 @@ Mattes, Schlosser, Herbrich, "Hieros", ICML 2024; Hafner et al., "Deep
 Hierarchical Planning from Pixels", 2022. Official:
 hieros/models.py, class SubgoalAutoencoder.
 Differs from the official code in: Δ13 goals decoded now, Δ14 novelty in the same space,
-Δ16 final linear layers, Δ23 standardised, Δ24 β is 0.01, not 0.5.
+Δ16 final linear layers, Δ23 standardised, Δ24 β is 0.01, not 0.5, Δ29 rewards without
+symlog, Δ30 sampled codes.
 
 Axes: M states, H features of h, Sg categoricals × Kg classes of a code. S and G are
 values: a state and a goal.

@@ -368,6 +368,10 @@ def test_replays_hold_the_whole_run_unless_told_otherwise():
         for stride, capacity in zip((1, 2, 4), held, strict=True):
             per_episode = n // stride + 1 + (n % stride > 0)
             assert 1600 // n * per_episode <= capacity
+    long = shapes(replace(config, steps=100_000, period=4)).replays
+    for stride, ring in zip((4, 16), long[1:], strict=True):
+        per_episode = 20 // stride + 1 + (20 % stride > 0)
+        assert 5_000 * per_episode <= ring.capacity
     small = shapes(replace(config, capacity=700))
     assert [r.capacity for r in small.replays] == [700, 700, 700]
 

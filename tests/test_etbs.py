@@ -274,12 +274,6 @@ def test_windows_start_with_the_carry_of_the_entry_before(fill_to, key, carry_in
     same(steps.is_terminal, numbers % 4 == 3)
 
 
-def test_forced_flags_are_not_stored():
-    replay = fill(MOST)
-    after, *_ = sampled(replay, 0, carry_in="zero")
-    jax.tree.map(same, (replay.steps, replay.carries), (after.steps, after.carries))
-
-
 @given(keys, fills)
 def test_refreshed_carries_are_those_of_the_last_window(key, fill_to):
     """One window after the other, as in a loop; nothing else moves."""

@@ -120,6 +120,15 @@ def test_readme_lists_the_modules_in_import_order():
         assert abs(len(text.splitlines()) - int(lines)) <= 10, name
 
 
+def test_readme_lists_the_differences_that_module_headers_name():
+    rows = re.findall(r"^\| (Δ\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    header = r"Differs from the official code in:(.+?)\n\n"
+    texts = [path.read_text() for path in ROOT.glob("*.py")]
+    named = [one for text in texts for one in re.findall(header, text, re.S)]
+    assert len(set(rows)) == len(rows)
+    assert set(rows) == set(re.findall(r"Δ\d+", " ".join(named)))
+
+
 def test_readme_links_each_notebook_beside_a_module_it_imports():
     rows = re.findall(
         r"^\| \[(\w+)\.py\].*\[(\d\d)\]\((notebooks/\2_\w+\.ipynb)\) \|$",

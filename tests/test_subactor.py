@@ -98,7 +98,7 @@ def random_subactor(config, level):
 
 @cache
 def learner(level=1):
-    return TRAINER.init(random_subactor(CONFIG, level), H)
+    return TRAINER.init(random_subactor(CONFIG, level))
 
 
 def parts_equal(a, b):
@@ -188,7 +188,7 @@ def test_standardiser_switched_off_is_symlog():
     close(plain, nets.symlog(h))
     same(off.inverse(h), h)
     unchanged = replace(TRAINER, standardise=False)
-    assert not unchanged.init(learner().subactor, H).standardiser.enabled
+    assert not unchanged.init(learner().subactor).standardiser.enabled
 
 
 @cache
@@ -409,7 +409,7 @@ def test_levels_differ_in_rewards_goals_and_codes():
         assert subactor.actor.hidden[0].weight.shape == (8, inputs)
         assert subactor.critics.hidden[0].weight.shape == (len(rewards), 8, inputs)
         assert subactor.actor.last.weight.shape == (action[0] * action[1], 8)
-    assert TRAINER.init(learner(0).subactor, H).return_scale.shape == (2,)
+    assert TRAINER.init(learner(0).subactor).return_scale.shape == (2,)
 
 
 def random_latent(key, *batch):
@@ -654,7 +654,7 @@ def test_world_model_warms_up_behind_its_clip(monkeypatch):
     settings = {"world_model_lr": 0.1, "world_model_warmup": 2}
     settings |= {"world_model_clip": 5.0, "free_nats": 0.7}
     trainer, key = replace(TRAINER, **settings), jax.random.key(0)
-    state = trainer.init(learner().subactor, H)
+    state = trainer.init(learner().subactor)
     number = lambda x: x.subactor.world_model.W_h.bias[0]
     size = sum(x.size for x in jax.tree.leaves(state.subactor.world_model))
     carry = random_latent(0, 1).carry
@@ -982,7 +982,6 @@ def learn_bandit(payoff, key):
         (1, 2),
         (SG, KG),
         rewards,
-        features=2 + H,
         width=16,
         layers=1,
         key=world_key,
@@ -994,7 +993,7 @@ def learn_bandit(payoff, key):
         jnp.zeros((M, H)),
         jnp.zeros((M, 1, 2)),
     )
-    frozen = trainer.init(subactor, H)
+    frozen = trainer.init(subactor)
 
     def goals(learner):
         S = learner.standardiser(places)
